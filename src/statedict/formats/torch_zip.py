@@ -1,0 +1,177 @@
+"""torch's zip format, the one that ``torch.save`` writes since 1.6, and TorchScript archives.
+
+    NAME/data.pkl            the object, a pickle whose storages are persistent ids ("storage", class, key, location, numel)
+    NAME/byteorder           "little" or "big"; absent in old files, which are little-endian
+    NAME/data/KEY            the bytes of one storage, aligned to 64 by padding in the local header
+    NAME/version             "3"; required by torch
+    NAME/constants.pkl, code/…   only in TorchScript archives
+
+All names share one top folder, which is the first entry's. Source: torch 2.13 ``serialization.py`` (``_save``, ``_load``,
+``_legacy_zip`` constants), ``caffe2/serialize/inline_container.cc``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from statedict.errors import CorruptFile, Unsupported
+from statedict.formats import zips
+from statedict.formats.constructors import storage_dtype
+from statedict.formats.pickle_tree import Tree, TreeBuilder
+from statedict.formats.pickles import Machine
+from statedict.formats.records import StorageRef
+from statedict.io.ranges import File, MemoryFile
+from statedict.limits import DEFAULT_LIMITS, Limits
+from statedict.manifest import FileFact, Finding, Manifest, Storage
+
+__all__ = ["read_manifest", "storage_ref"]
+
+# What torch aligns storages to. A file without it can't be mapped well.
+_ALIGNMENT = 64
+_DAMAGED = "The file is damaged: download or copy it again"
+
+
+def read_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS) -> Manifest:
+    """What the archive holds. Reads its directory, ``data.pkl``, small records and the storages' local headers.
+
+    Raises ``CorruptFile`` where a record is missing or has another size than its storage, ``Unsupported`` for encryption.
+    """
+    file = files[0]
+    directory = zips.read_directory(file, limits)
+    records = _records(file, directory)
+    data = records.get("data.pkl")
+    if data is None:
+        raise CorruptFile("the archive has no data.pkl", path=file.path, hint="This zip file is no torch checkpoint")
+    refs: dict[str, StorageRef] = {}
+
+    def persistent(pid: object) -> StorageRef:
+        ref = storage_ref(pid, fields=5)
+        return refs.setdefault(ref.key, ref) if refs.get(ref.key, ref).dtype == ref.dtype else ref
+
+    pickle = MemoryFile(zips.read_entry(file, data, limits, limit="pickle_bytes"), f"{file.path}:{data.name}")
+    value = Machine(pickle, persistent=persistent, limits=limits).run()
+    byteorder = _byteorder(file, records, limits)
+    storages = _storages(file, records, refs, byteorder)
+    tree = TreeBuilder(lambda ref: _storage(file, ref, storages), limits, path=file.path).build(value)
+    return Manifest(
+        "torchscript" if "constants.pkl" in records else "torch-zip",
+        (FileFact(file.path, file.nbytes),),
+        tuple(storages.values()),
+        tree.tensors,
+        tree.objects,
+        tree.root,
+        _metadata(file, records, limits),
+        (*tree.notes, *_notes(records, storages, tree)),
+    )
+
+
+def _records(file: File, directory: zips.ZipDirectory) -> dict[str, zips.ZipEntry]:
+    """The entries by their name below the top folder."""
+    if not directory.entries:
+        return {}
+    top = directory.entries[0].name.partition("/")[0] + "/"
+    records = {}
+    for entry in directory.entries:
+        if not entry.name.startswith(top):
+            raise CorruptFile(f"entry '{entry.name}' is outside the archive's folder '{top}'", path=file.path, offset=entry.header_offset)
+        records[entry.name[len(top) :]] = entry
+    return records
+
+
+def storage_ref(pid: object, *, fields: int) -> StorageRef:
+    """The reference in a persistent id of that many fields.
+
+    Python 2 wrote its texts as bytes. The class may be ``torch.cuda.FloatStorage`` in old files.
+    """
+    if not isinstance(pid, tuple) or len(pid) != fields or pid[0] not in ("storage", b"storage"):
+        raise CorruptFile("a persistent id is none of a storage", expected=f"('storage', class, key, device, length), {fields} fields")
+    _, storage_class, key, device, numel = pid[:5]
+    dtype = storage_dtype(storage_class)
+    if dtype is None:
+        raise Unsupported(f"a storage is of the unknown class {storage_class!r}")
+    key = key.decode("latin-1") if isinstance(key, bytes) else str(key)
+    device = device.decode("latin-1") if isinstance(device, bytes) else device
+    if type(numel) is not int or numel < 0 or not isinstance(device, str):
+        raise CorruptFile(f"storage '{key}' has no proper length or device", found=f"{numel!r}, {device!r}")
+    return StorageRef(key, dtype, numel, device)
+
+
+def _byteorder(file: File, records: dict[str, zips.ZipEntry], limits: Limits) -> str:
+    if "byteorder" not in records:
+        return "little"
+    limits = limits._replace(header_bytes=min(limits.header_bytes, 4096))
+    text = zips.read_entry(file, records["byteorder"], limits).decode("latin-1").strip()
+    if text not in ("little", "big"):
+        raise CorruptFile("the record 'byteorder' is wrong", path=file.path, expected="little or big", found=text)
+    return text
+
+
+def _storages(file: File, records: dict[str, zips.ZipEntry], refs: dict[str, StorageRef], byteorder: str) -> dict[str, Storage]:
+    """The storage of every reference whose record is there, numbered in the order of the pickle."""
+    # torch finds records without regard to case (miniz); names that differ only so were refused with the directory.
+    folded = {name.lower(): entry for name, entry in records.items()} if any(f"data/{key}" not in records for key in refs) else {}
+    found = {}
+    for key in refs:
+        entry = records.get(f"data/{key}") or folded.get(f"data/{key}".lower())
+        if entry is not None:
+            found[key] = entry
+    offsets = zips.data_offsets(file, list(found.values()))
+    storages = {}
+    for number, ((key, entry), offset) in enumerate(zip(found.items(), offsets)):
+        ref = refs[key]
+        nbytes = ref.dtype.nbytes(ref.numel)
+        if entry.nbytes != nbytes:
+            raise CorruptFile(
+                f"storage '{key}' has another size than its record",
+                path=file.path,
+                offset=offset,
+                expected=f"{nbytes} bytes",
+                found=entry.nbytes,
+                hint=_DAMAGED,
+            )
+        crc = entry.crc or None
+        storages[key] = Storage(number, nbytes, zips.extent(entry, offset), None, byteorder, crc, f"data/{key}")
+    return storages
+
+
+def _storage(file: File, ref: StorageRef, storages: dict[str, Storage]) -> Storage:
+    storage = storages.get(ref.key)
+    if storage is not None and storage.nbytes == ref.dtype.nbytes(ref.numel):
+        return storage
+    if ref.device == "meta" or ref.numel == 0:
+        # Neither has bytes, and torch may give several empty storages one key.
+        return Storage(-1, 0, None, b"", "little", None, f"data/{ref.key}")
+    raise CorruptFile(f"the record of storage 'data/{ref.key}' is missing or of another size", path=file.path, hint=_DAMAGED)
+
+
+def _metadata(file: File, records: dict[str, zips.ZipEntry], limits: Limits) -> dict[str, str]:
+    """The small text records of the archive, as they are."""
+    limits = limits._replace(header_bytes=min(limits.header_bytes, 4096))
+    found = {}
+    for name in ("version", ".format_version", "byteorder", ".storage_alignment", ".data/serialization_id"):
+        if name in records:
+            text = zips.read_entry(file, records[name], limits).decode("latin-1").strip()
+            found[name.rpartition("/")[2].lstrip(".")] = text
+    return found
+
+
+def _notes(records: dict[str, zips.ZipEntry], storages: dict[str, Storage], tree: Tree) -> list[Finding]:
+    notes = []
+    named = {storage.name.lower() for storage in storages.values()}
+    orphans = [name for name in records if name.startswith("data/") and name.lower() not in named]
+    if orphans:
+        nbytes = sum(records[name].nbytes for name in orphans)
+        notes.append(Finding("orphan-records", "warning", f"{len(orphans)} records ({nbytes:,} bytes) belong to no tensor", tuple(orphans[:20])))
+    if "version" not in records and ".data/version" not in records:
+        notes.append(Finding("no-version", "warning", "the archive has no version record: torch.load refuses it; convert it to repair that"))
+    full = [storage for storage in storages.values() if storage.nbytes]
+    bare = sum(storage.crc is None for storage in full)
+    if bare:
+        notes.append(Finding("no-crc", "info", f"{bare} of {len(full)} storages have no CRC-32: damage to them can't be seen"))
+    askew = sum(storage.extent.offset % _ALIGNMENT != 0 for storage in full if storage.extent is not None)
+    if askew:
+        notes.append(Finding("alignment", "info", f"{askew} of {len(full)} storages are not aligned to {_ALIGNMENT} bytes"))
+    packed = sum(storage.extent.codec != "raw" for storage in full if storage.extent is not None)
+    if packed:
+        notes.append(Finding("compressed", "info", f"{packed} of {len(full)} storages are compressed: torch.load(mmap=True) reads them wrong"))
+    return notes

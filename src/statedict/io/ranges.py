@@ -1,0 +1,214 @@
+"""Files as runs of bytes that are read by position, and a planner that merges what is asked of them.
+
+Nothing here maps a file into memory: a file that is cut short while it is read gives a ``CorruptFile``, never a signal
+that ends the process. Positions and sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from statedict.errors import CorruptFile, FileError, UnknownFormat
+
+__all__ = ["BLOCK_NBYTES", "File", "LocalFile", "MemoryFile", "Run", "Slice", "blocks", "close_all", "merge", "read_many"]
+
+# The unit in which large ranges are streamed: 4 MiB keeps both cores busy and stays in the second-level cache's reach.
+BLOCK_NBYTES = 4 * 1024 * 1024
+
+
+class File(Protocol):
+    """Bytes that can be read by position, by several threads at once."""
+
+    path: str
+    nbytes: int
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Exactly that many bytes, or ``CorruptFile`` where the file ends before them."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer (of bytes) from that position, or raise ``CorruptFile``."""
+
+    def close(self) -> None:
+        """Let go of the file. Reading afterwards is an error."""
+
+
+class LocalFile:
+    """A regular file of this machine, opened for reading."""
+
+    def __init__(self, path: str) -> None:
+        """Open the file. A directory, pipe or device raises ``UnknownFormat``; the system's refusal ``FileError``."""
+        self.path = path
+        try:
+            # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise FileError.of(error, path, "can't be opened") from error
+        except ValueError as error:
+            raise FileError("can't be opened: the name holds a NUL character", path=path) from error
+        facts = os.fstat(self._fd)
+        if not stat.S_ISREG(facts.st_mode):
+            os.close(self._fd)
+            raise UnknownFormat(f"this is {_file_type(facts.st_mode)}, not a file", path=path, hint="Name a checkpoint file")
+        self.nbytes = facts.st_size
+        self.identity = (facts.st_dev, facts.st_ino)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Exactly that many bytes; checked against the size of the file before anything is allocated."""
+        if nbytes < 0 or offset < 0 or offset + nbytes > self.nbytes:
+            raise _short(self.path, offset, nbytes, self.nbytes)
+        data = self._pread(offset, nbytes)
+        if len(data) == nbytes:
+            return data
+        buffer = bytearray(nbytes)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer from that position; several threads may do so at once."""
+        done, wanted = 0, len(buffer)
+        while done < wanted:
+            try:
+                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise FileError.of(error, self.path, f"can't be read at byte {offset + done}") from error
+            if count == 0:
+                raise _short(self.path, offset, wanted, offset + done)
+            done += count
+
+    def _pread(self, offset: int, nbytes: int) -> bytes:
+        try:
+            return os.pread(self._fd, nbytes, offset)
+        except OSError as error:
+            raise FileError.of(error, self.path, f"can't be read at byte {offset}") from error
+
+    def fileno(self) -> int:
+        """The descriptor, for copies inside the kernel."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close the descriptor; a second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class MemoryFile:
+    """Bytes in memory under a name, read as a file is."""
+
+    def __init__(self, data: bytes, path: str = "<memory>") -> None:
+        self.path = path
+        self.nbytes = len(data)
+        self._data = data
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Exactly that many bytes, or ``CorruptFile``."""
+        if nbytes < 0 or offset < 0 or offset + nbytes > self.nbytes:
+            raise _short(self.path, offset, nbytes, self.nbytes)
+        return self._data[offset : offset + nbytes]
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer from that position, or raise ``CorruptFile``."""
+        buffer[:] = self.read(offset, len(buffer))
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def _short(path: str, offset: int, wanted: int, size: int) -> CorruptFile:
+    return CorruptFile(
+        "the file ends too early",
+        path=path,
+        offset=offset,
+        expected=f"{wanted} bytes",
+        found=f"{max(0, size - offset)}",
+        hint="The file was cut short: download or copy it again",
+    )
+
+
+def _file_type(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+class Run(NamedTuple):
+    """A range to read at once, and which of the wanted ranges lie in it."""
+
+    offset: int
+    nbytes: int
+    members: tuple[int, ...]
+
+
+def merge(ranges: Sequence[tuple[int, int]], *, gap: int, most: int) -> list[Run]:
+    """The reads that cover all ranges ``(offset, nbytes)``: sorted, joined over gaps of up to ``gap`` bytes.
+
+    No read is longer than ``most`` unless a single range is. Pure: what to read, not the reading.
+    """
+    runs: list[Run] = []
+    order = sorted(range(len(ranges)), key=lambda i: ranges[i])
+    start = end = 0
+    members: list[int] = []
+    for i in order:
+        offset, nbytes = ranges[i]
+        if members and offset - end <= gap and max(end, offset + nbytes) - start <= most:
+            end = max(end, offset + nbytes)
+            members.append(i)
+            continue
+        if members:
+            runs.append(Run(start, end - start, tuple(members)))
+        start, end, members = offset, offset + nbytes, [i]
+    if members:
+        runs.append(Run(start, end - start, tuple(members)))
+    return runs
+
+
+def read_many(file: File, ranges: Sequence[tuple[int, int]], *, gap: int = 4096) -> list[bytes]:
+    """The bytes of many small ranges of one file, in their order; near ones are read together."""
+    out: list[bytes] = [b""] * len(ranges)
+    for run in merge(ranges, gap=gap, most=BLOCK_NBYTES):
+        data = file.read(run.offset, run.nbytes)
+        for i in run.members:
+            first = ranges[i][0] - run.offset
+            out[i] = data[first : first + ranges[i][1]]
+    return out
+
+
+def blocks(offset: int, nbytes: int, size: int = BLOCK_NBYTES) -> Iterator[tuple[int, int]]:
+    """A range cut into ``(offset, nbytes)`` of at most ``size`` bytes."""
+    for first in range(0, nbytes, size):
+        yield offset + first, min(size, nbytes - first)
+
+
+def close_all(files: Iterable[File]) -> None:
+    """Close every file."""
+    for file in files:
+        file.close()
+
+
+class Slice:
+    """A part of another file as a file of its own: what an entry or a nested stream is."""
+
+    def __init__(self, file: File, offset: int, nbytes: int, name: str = "") -> None:
+        if offset < 0 or nbytes < 0 or offset + nbytes > file.nbytes:
+            raise _short(file.path, offset, nbytes, file.nbytes)
+        self.path = f"{file.path}:{name}" if name else file.path
+        self.nbytes = nbytes
+        self._file = file
+        self._offset = offset
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Exactly that many bytes of the part, or ``CorruptFile``."""
+        if nbytes < 0 or offset < 0 or offset + nbytes > self.nbytes:
+            raise _short(self.path, offset, nbytes, self.nbytes)
+        return self._file.read(self._offset + offset, nbytes)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer from that position of the part, or raise ``CorruptFile``."""
+        if offset + len(buffer) > self.nbytes:
+            raise _short(self.path, offset, len(buffer), self.nbytes)
+        self._file.read_into(self._offset + offset, buffer)
+
+    def close(self) -> None:
+        """Nothing of its own to let go of."""
