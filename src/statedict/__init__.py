@@ -35,7 +35,6 @@ if TYPE_CHECKING:
         Unsupported,
     )
     from statedict.limits import Limits
-    from statedict.ops.convert import Conversion, convert
     from statedict.ops.inspect import Inspection, inspect
 
 __version__ = "0.1.0"
@@ -65,7 +64,6 @@ __all__ = [
     "UnsafeContent",
     "Unsupported",
     "__version__",
-    "convert",
     "inspect",
     "open",
 ]
@@ -73,11 +71,9 @@ __all__ = [
 # Where each name that is no error lives. The names of errors are all in one module.
 _HOMES = {
     "Checkpoint": "statedict.checkpoint",
-    "Conversion": "statedict.ops.convert",
     "Inspection": "statedict.ops.inspect",
     "LazyTensor": "statedict.checkpoint",
     "Limits": "statedict.limits",
-    "convert": "statedict.ops.convert",
     "inspect": "statedict.ops.inspect",
     "open": "statedict.checkpoint",
 }

@@ -14,11 +14,10 @@ from statedict.keys import Path, display, dotted, escaped, near
 from statedict.limits import DEFAULT_LIMITS, Limits
 from statedict.manifest import Container, Manifest, TensorEntry, tied_groups
 from statedict.nodes import find, fold, rebased
-from statedict.views import boxes, is_packed, packed_stride, reach, sliced
+from statedict.views import boxes, is_packed, packed_stride, sliced
 
 if TYPE_CHECKING:
-    import numpy
-    import torch
+    from statedict.numerics import Array
 
 __all__ = ["Checkpoint", "LazyTensor", "open"]
 
@@ -29,7 +28,7 @@ _SCATTERED_NBYTES = 64 * 1024 * 1024
 class LazyTensor:
     """A tensor of a checkpoint whose bytes are read when they are asked for, and only those.
 
-    Slicing gives another ``LazyTensor``; ``numpy()``, ``torch()`` and ``read()`` read. Nothing is cached.
+    Slicing gives another ``LazyTensor``; ``numpy()`` and ``read()`` read. Nothing is cached.
     """
 
     __slots__ = ("_checkpoint", "entry")
@@ -113,7 +112,12 @@ class LazyTensor:
         """
         buffer = memoryview(bytearray(self.nbytes) if out is None else out).cast("B")
         if buffer.nbytes != self.nbytes:
-            raise StateDictError("the buffer is of another size", key=self.entry.key, expected=f"{self.nbytes} bytes", found=buffer.nbytes)
+            raise StateDictError(
+                "the buffer is of another size",
+                key=self.entry.key,
+                expected=f"{self.nbytes} bytes",
+                found=buffer.nbytes,
+            )
         done = 0
         for block in self.blocks():
             buffer[done : done + len(block)] = block
@@ -165,7 +169,7 @@ class LazyTensor:
             part = self[index] if entry.shape else self
             yield to_packed_bytes(part._gather())
 
-    def numpy(self) -> numpy.ndarray[Any, Any]:
+    def numpy(self) -> Array:
         """The values as an array of its own memory, in reading order.
 
         bfloat16 and the eight-bit floats get ml_dtypes' types; ``float4_e2m1fn_x2`` stays pairs in ``uint8``; complex32
@@ -178,17 +182,11 @@ class LazyTensor:
             return self._gather()
         return array(self.read(), entry.dtype, entry.shape)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> numpy.ndarray[Any, Any]:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         made = self.numpy()
         return made if dtype is None else made.astype(dtype)
 
-    def torch(self) -> torch.Tensor:
-        """The values as a packed CPU tensor of its own memory. Raises ``MissingDependency`` where torch isn't installed."""
-        from statedict.bridge import tensor_of
-
-        return tensor_of(self)
-
-    def _gather(self) -> numpy.ndarray[Any, Any]:
+    def _gather(self) -> Array:
         """The values of a scattered tensor: read in file order in boxes, each put where it belongs."""
         from statedict.numerics import empty, gather
 
@@ -200,7 +198,7 @@ class LazyTensor:
         reader = self._checkpoint.reader
         for box in boxes(entry.shape, view.stride, max(BLOCK_NBYTES // size, 1)):
             raw = reader.read(view.storage, (view.offset + box.offset) * size, box.reach * size)
-            target = out[box.index] if entry.shape else out
+            target = out[box.where] if entry.shape else out
             gather(raw, dtype, box.shape, box.stride, byteorder=view.storage.byteorder, bits=view.bits, out=target)
         return out
 
@@ -251,7 +249,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
     raises ``KeyNotFound``; a path (a tuple) always works.
     """
 
-    def __init__(self, manifest: Manifest, files: Sequence[File], *, source: str, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(
+        self, manifest: Manifest, files: Sequence[File], *, source: str, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
         self.manifest = manifest
         self.source = source
         self.limits = limits
@@ -275,7 +275,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         entries = self.manifest.objects
         return {key: entries[path].value for key, path in display(entries).items()}
 
-    def __getitem__(self, key: str | Path) -> LazyTensor:  # type: ignore[override]
+    def __getitem__(self, key: str | Path) -> LazyTensor:
         return LazyTensor(self.manifest.tensors[self.path_of(key)], self)
 
     def __iter__(self) -> Iterator[str]:
@@ -302,11 +302,17 @@ class Checkpoint(Mapping[str, LazyTensor]):
         alike = [path for path in self.manifest.tensors if dotted(path) == key]
         if alike:
             names = ", ".join(escaped(path) for path in alike)
-            raise KeyNotFound("this key could mean several tensors", path=self.source, key=key, hint=f"Say which: {names}")
+            raise KeyNotFound(
+                "this key could mean several tensors", path=self.source, key=key, hint=f"Say which: {names}"
+            )
         if any(dotted(path) == key for path in self.manifest.objects):
             raise KeyNotFound("this is no tensor", path=self.source, key=key, hint="Its value is in .objects")
         guesses = near(key, self._paths)
-        hint = f"Did you mean {', '.join(guesses)}" if guesses else f"There are {len(self)} tensors: list them with statedict inspect"
+        hint = (
+            f"Did you mean {', '.join(guesses)}"
+            if guesses
+            else f"There are {len(self)} tensors: list them with statedict inspect"
+        )
         raise KeyNotFound("there is no such tensor", path=self.source, key=key, hint=hint)
 
     def at(self, key: str | Path) -> Checkpoint:
@@ -319,7 +325,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
         except StateDictError as error:
             raise error.located(self.source) from None
         used = {entry.view.storage.id for entry in tensors.values() if entry.view is not None}
-        used |= {part.view.storage.id for entry in tensors.values() for part in entry.parts.values() if part.view is not None}
+        used |= {
+            part.view.storage.id for entry in tensors.values() for part in entry.parts.values() if part.view is not None
+        }
         storages = tuple(storage for storage in self.manifest.storages if storage.id in used)
         manifest = self.manifest._replace(tensors=tensors, objects=objects, structure=root, storages=storages)
         name = key if isinstance(key, str) else escaped(key)
@@ -330,13 +338,17 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
         Dicts, lists and tuples come back as themselves, an OrderedDict with its ``_metadata``; unknown objects as ``Opaque``.
         """
-        return fold(self.manifest.structure, lambda e: LazyTensor(e, self) if isinstance(e, TensorEntry) else e.value, _rebuilt)
+        return fold(
+            self.manifest.structure, lambda e: LazyTensor(e, self) if isinstance(e, TensorEntry) else e.value, _rebuilt
+        )
 
     def _tied(self, entry: TensorEntry) -> tuple[str, ...]:
         if self._ties is None:
             names = {path: key for key, path in self._paths.items()}
             groups = tied_groups(self.manifest.tensors)
-            self._ties = {path: tuple(names[other] for other in group if other != path) for group in groups for path in group}
+            self._ties = {
+                path: tuple(names[other] for other in group if other != path) for group in groups for path in group
+            }
         known = self.manifest.tensors.get(entry.path)
         return self._ties.get(entry.path, ()) if known is entry else ()
 
@@ -374,7 +386,11 @@ def _rebuilt(node: Container, children: list[Any]) -> Any:
         return made
     import collections
 
-    made_dict: Any = {"OrderedDict": collections.OrderedDict, "Counter": collections.Counter, "defaultdict": collections.defaultdict}.get(kind, dict)()
+    made_dict: Any = {
+        "OrderedDict": collections.OrderedDict,
+        "Counter": collections.Counter,
+        "defaultdict": collections.defaultdict,
+    }.get(kind, dict)()
     made_dict.update(pairs) if kind != "Counter" else dict.update(made_dict, pairs)
     for name, value in node.attributes.items():
         if kind == "OrderedDict" and name == "_metadata":
@@ -385,7 +401,7 @@ def _rebuilt(node: Container, children: list[Any]) -> Any:
 def open(source: Any, *, at: str | Path | None = None, limits: Limits | None = None) -> Checkpoint:
     """A checkpoint, opened without being run: its header is read, its tensors are not.
 
-    ``source`` is a path (``PATH#KEY`` selects a part), a ``Checkpoint``, or a nested mapping of tensors and arrays. Reads
+    ``source`` is a path (``PATH#KEY`` selects a part) or a ``Checkpoint``. Reads
     with positioned reads; the file stays open until the checkpoint is closed.
 
     Raises ``FileError`` (it can't be opened), ``UnknownFormat`` (it is no checkpoint, and what it is), ``CorruptFile``,
@@ -395,10 +411,7 @@ def open(source: Any, *, at: str | Path | None = None, limits: Limits | None = N
     if isinstance(source, Checkpoint):
         return source if at is None else source.at(at)
     if not isinstance(source, (str, os.PathLike)):
-        from statedict.memory import checkpoint_of
-
-        made = checkpoint_of(source, limits)
-        return made if at is None else made.at(at)
+        raise Unsupported(f"a {type(source).__name__} can't be opened", hint="Give a path or a Checkpoint")
     path = os.fspath(source)
     if at is None and "#" in path and not os.path.lexists(path):
         path, _, at = path.rpartition("#")

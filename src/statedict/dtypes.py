@@ -100,7 +100,9 @@ BY_TORCH = {row.torch: row for row in TABLE} | {
 }
 # numpy's letters without the byte order: what the header of an .npy file and a pickled array hold.
 BY_NUMPY = {
-    row.numpy.lstrip("<"): row for row in reversed(TABLE) if row.numpy and row.kind in {"float", "int", "uint", "complex"}
+    row.numpy.lstrip("<"): row
+    for row in reversed(TABLE)
+    if row.numpy and row.kind in {"float", "int", "uint", "complex"}
 } | {"b1": BY_CODE["BOOL"], "?": BY_CODE["BOOL"], "u1": BY_CODE["U8"], "i1": BY_CODE["I8"]}
 # torch's typed storages: the class names in its files (a closed list; newer dtypes use UntypedStorage).
 BY_STORAGE = {

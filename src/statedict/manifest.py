@@ -315,5 +315,7 @@ def tied_groups(tensors: Mapping[Path, TensorEntry]) -> list[tuple[Path, ...]]:
     for path, entry in tensors.items():
         view = entry.view
         if view is not None and view.storage.nbytes:
-            groups.setdefault((view.storage.id, view.offset, entry.shape, view.stride, entry.dtype.code), []).append(path)
+            groups.setdefault((view.storage.id, view.offset, entry.shape, view.stride, entry.dtype.code), []).append(
+                path
+            )
     return [tuple(paths) for paths in groups.values() if len(paths) > 1]

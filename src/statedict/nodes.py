@@ -57,7 +57,9 @@ def find(root: Node, key: str | Path) -> Node:
         names = [str(part) for part in components(root.keys)] if isinstance(root, Container) else []
         guesses = near(shown, names) or names[:8]
         raise KeyNotFound(
-            "there is no such part", key=shown, hint=f"There is: {', '.join(guesses)}" if guesses else "The file holds one value only"
+            "there is no such part",
+            key=shown,
+            hint=f"There is: {', '.join(guesses)}" if guesses else "The file holds one value only",
         )
     return found
 
@@ -94,7 +96,11 @@ def _by_dotted(root: Node, key: str) -> Node | None:
         longer.sort(key=lambda each: -each[0])
         pending.extend((child, left) for _, child, left in longer)
     for node, prefix in prefixes:
-        picked = [(name[len(prefix) :], child) for name, child in zip(node.keys, node.children) if isinstance(name, str) and name.startswith(prefix)]
+        picked = [
+            (name[len(prefix) :], child)
+            for name, child in zip(node.keys, node.children)
+            if isinstance(name, str) and name.startswith(prefix)
+        ]
         if picked:
             return Container("dict", [name for name, _ in picked], [child for _, child in picked])
     return None
@@ -121,7 +127,9 @@ def rebased(root: Node) -> tuple[Node, dict[Path, TensorEntry], dict[Path, Objec
     return top[0], tensors, objects
 
 
-def fold(root: Node, leaf: Callable[[TensorEntry | ObjectEntry], Any], join: Callable[[Container, list[Any]], Any]) -> Any:
+def fold(
+    root: Node, leaf: Callable[[TensorEntry | ObjectEntry], Any], join: Callable[[Container, list[Any]], Any]
+) -> Any:
     """What the tree comes to, from the leaves upwards: ``leaf`` of each leaf, ``join`` of each container's results."""
     top: list[Any] = [None]
     pending: list[tuple[Node, list[Any], int, list[Any] | None]] = [(root, top, 0, None)]

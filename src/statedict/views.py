@@ -92,7 +92,7 @@ def sliced(
 class Box(NamedTuple):
     """A part of a view, small enough to read at once: which elements, and the range that holds them."""
 
-    index: tuple[slice, ...]  # where it lies in the view
+    where: tuple[slice, ...]  # where it lies in the view
     offset: int  # of its first element, from the view's own first element
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -128,7 +128,7 @@ def _cut(box: Box, dim: int, most: int) -> list[Box]:
     for first in range(0, size, count):
         n = min(count, size - first)
         shape = (*box.shape[:dim], n, *box.shape[dim + 1 :])
-        start = box.index[dim].start + first
-        index = (*box.index[:dim], slice(start, start + n), *box.index[dim + 1 :])
-        pieces.append(Box(index, box.offset + first * jump, shape, box.stride, reach(shape, box.stride)))
+        start = box.where[dim].start + first
+        where = (*box.where[:dim], slice(start, start + n), *box.where[dim + 1 :])
+        pieces.append(Box(where, box.offset + first * jump, shape, box.stride, reach(shape, box.stride)))
     return pieces

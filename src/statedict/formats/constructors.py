@@ -12,7 +12,16 @@ from typing import NoReturn
 
 from statedict.dtypes import BY_NUMPY, BY_STORAGE, BY_TORCH, DType
 from statedict.errors import CorruptFile
-from statedict.formats.records import ArrayRecord, Builder, Global, MappingRecord, NumpyDType, StorageRef, TensorRecord, Unfit
+from statedict.formats.records import (
+    ArrayRecord,
+    Builder,
+    Global,
+    MappingRecord,
+    NumpyDType,
+    StorageRef,
+    TensorRecord,
+    Unfit,
+)
 from statedict.manifest import NumpyScalar, Opaque, TorchValue
 
 __all__ = ["CONSTANTS", "CONSTRUCTORS", "apply_state", "dtype_of", "storage_dtype"]
@@ -110,7 +119,9 @@ def _parameter(args: tuple[object, ...]) -> TensorRecord:
 
 def _copy(record: TensorRecord) -> TensorRecord:
     """A parameter shares its data with the tensor it is made of, which may be used elsewhere as well."""
-    made = TensorRecord(record.storage, record.dtype, record.offset, record.shape, record.stride, record.requires_grad, record.bits)
+    made = TensorRecord(
+        record.storage, record.dtype, record.offset, record.shape, record.stride, record.requires_grad, record.bits
+    )
     made.kind, made.layout, made.device = record.kind, record.layout, record.device
     made.parts, made.attributes = record.parts, record.attributes
     return made
@@ -127,11 +138,18 @@ def _rebuild_from_type(args: tuple[object, ...]) -> object:
     if not isinstance(made, TensorRecord):
         raise Unfit
     if isinstance(cls, Global) and cls.type not in ("torch.Tensor", "torch._tensor.Tensor"):
-        made.kind = {"torch.nn.parameter.Parameter": "Parameter", "torch.nn.parameter.Buffer": "Buffer"}.get(cls.type, cls.type)
+        made.kind = {"torch.nn.parameter.Parameter": "Parameter", "torch.nn.parameter.Buffer": "Buffer"}.get(
+            cls.type, cls.type
+        )
     return apply_state(made, args[3]) if len(args) == 4 else made
 
 
-_SPARSE = {"torch.sparse_csr": "crow", "torch.sparse_bsr": "crow", "torch.sparse_csc": "ccol", "torch.sparse_bsc": "ccol"}
+_SPARSE = {
+    "torch.sparse_csr": "crow",
+    "torch.sparse_bsr": "crow",
+    "torch.sparse_csc": "ccol",
+    "torch.sparse_bsc": "ccol",
+}
 
 
 def _rebuild_sparse(args: tuple[object, ...]) -> TensorRecord:
@@ -197,7 +215,9 @@ def _rebuild_nested(args: tuple[object, ...]) -> TensorRecord:
 def _rebuild_meta(args: tuple[object, ...]) -> TensorRecord:
     if len(args) != 4:
         raise Unfit
-    record = TensorRecord(None, dtype_of(args[0]), 0, _sizes(args[1], "shape"), _sizes(args[2], "stride"), bool(args[3]))
+    record = TensorRecord(
+        None, dtype_of(args[0]), 0, _sizes(args[1], "shape"), _sizes(args[2], "stride"), bool(args[3])
+    )
     record.device = "meta"
     return record
 
@@ -206,7 +226,9 @@ def _rebuild_wrapper(args: tuple[object, ...]) -> TensorRecord:
     """(class, dtype, size, stride, storage offset, layout, device, requires_grad): a subclass without data of its own."""
     if len(args) != 8 or not isinstance(args[0], Global):
         raise Unfit
-    record = TensorRecord(None, dtype_of(args[1]), 0, _sizes(args[2], "shape"), _sizes(args[3], "stride"), bool(args[7]))
+    record = TensorRecord(
+        None, dtype_of(args[1]), 0, _sizes(args[2], "shape"), _sizes(args[3], "stride"), bool(args[7])
+    )
     record.kind, record.layout = args[0].type, "wrapper"
     record.device = str(args[6].value) if isinstance(args[6], TorchValue) else None
     return record
@@ -231,7 +253,9 @@ def _unbuilt_tensor(name: str) -> Builder:
     def build(args: tuple[object, ...]) -> TensorRecord:
         if args:
             raise Unfit
-        record = TensorRecord(None, BY_STORAGE.get(name.replace("Tensor", "Storage"), BY_TORCH["float32"]), 0, (0,), (1,))
+        record = TensorRecord(
+            None, BY_STORAGE.get(name.replace("Tensor", "Storage"), BY_TORCH["float32"]), 0, (0,), (1,)
+        )
         record.kind = "unbuilt"
         return record
 
@@ -323,7 +347,7 @@ def _numpy_frombuffer(args: tuple[object, ...]) -> ArrayRecord:
 def _numpy_scalar(args: tuple[object, ...]) -> NumpyScalar:
     if len(args) != 2 or not isinstance(args[0], NumpyDType) or args[0].structured:
         raise Unfit
-    kind, raw = args
+    kind, raw = args[0], args[1]
     data = raw.encode("utf-8") if isinstance(raw, str) else raw
     if not isinstance(data, bytes) or kind.dtype is None or len(data) != kind.dtype.itemsize:
         raise Unfit
@@ -390,7 +414,7 @@ def _reconstructor(args: tuple[object, ...]) -> object:
     """``copyreg._reconstructor(class, base, state)``: how protocols 0 and 1 make an instance."""
     if len(args) != 3 or not isinstance(args[0], Global):
         raise Unfit
-    cls, base, state = args
+    cls, base, state = args[0], args[1], args[2]
     if isinstance(base, Global) and base.name == "object" and state is None:
         return cls.build(()) if cls.build is not None else Opaque(cls.module, cls.name)
     return Opaque(cls.module, cls.name, (state,))

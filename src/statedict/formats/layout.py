@@ -48,7 +48,7 @@ class Layout(NamedTuple):
 
 def leaves(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
     """The entries that have bytes of their own: the tensors, and the parts of those that are made of parts."""
-    found = []
+    found: list[TensorEntry] = []
     for entry in entries:
         found.extend(part for part in (entry, *entry.parts.values()) if part.view is not None)
     return found
@@ -153,5 +153,9 @@ def _unit(storage: Storage, dtypes: set[DType], entry: TensorEntry) -> DType:
     if storage.byteorder == "little":
         return BY_CODE["U8"]
     if len({dtype.swap for dtype in dtypes}) > 1:
-        raise Unsupported("tensors of different dtypes share big-endian bytes", key=entry.key, hint="Convert them one by one: --at KEY")
+        raise Unsupported(
+            "tensors of different dtypes share big-endian bytes",
+            key=entry.key,
+            hint="Convert them one by one: --at KEY",
+        )
     return next(iter(dtypes))

@@ -17,7 +17,14 @@ from statedict.manifest import Finding, Opaque
 __all__ = ["is_module", "module_state"]
 
 # Packages of torch whose modules write more, or other, keys than their parameters and buffers.
-_OTHER_KEYS = ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.qat.", "torch.nn.intrinsic.", "torch.ao.quantization.", "torch.quantization.")
+_OTHER_KEYS = (
+    "torch.ao.nn.",
+    "torch.nn.quantized.",
+    "torch.nn.qat.",
+    "torch.nn.intrinsic.",
+    "torch.ao.quantization.",
+    "torch.quantization.",
+)
 # Methods with which a class changes what its state dict holds.
 _OVERRIDES = ("def state_dict(", "def _save_to_state_dict(", "def get_extra_state(", "register_state_dict_post_hook(")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import prod
+from typing import Any
 
 from statedict.errors import CorruptFile, LimitExceeded, Unsupported
 from statedict.formats.modules import is_module, module_state
@@ -55,7 +56,8 @@ class Tree:
 
 
 # A place still to be filled: its path, the value, the list and index that receive the node, and the containers above it.
-_Task = tuple[Path, object, list[Node], int, "tuple[int, object] | None"]
+Above = Any  # None, or (id of a container, what is above it)
+_Task = tuple[Path, object, list[Node], int, Above]
 
 
 class TreeBuilder:
@@ -92,7 +94,7 @@ class TreeBuilder:
         self._tree.storages = list(self._used.values())
         return self._tree
 
-    def _node(self, path: Path, item: object, above: object, pending: list[_Task]) -> Node:
+    def _node(self, path: Path, item: object, above: Above, pending: list[_Task]) -> Node:
         kind = type(item)
         if kind is TensorRecord:
             entry = self._tree.tensors[path] = self._tensor(path, item)  # type: ignore[arg-type]
@@ -116,7 +118,7 @@ class TreeBuilder:
         entry = self._tree.objects[path] = ObjectEntry(path, kind, value)
         return entry
 
-    def _container(self, path: Path, item: object, opened: _Opened, above: object, pending: list[_Task]) -> Container:
+    def _container(self, path: Path, item: object, opened: _Opened, above: Above, pending: list[_Task]) -> Container:
         kind, keys, values, attributes, cls = opened
         self._guard(path, item, len(keys), above)
         children: list[Node] = [self._tree.root] * len(keys)
@@ -128,7 +130,7 @@ class TreeBuilder:
             pending.append(((*path, parts[index]), values[index], children, index, here))
         return node
 
-    def _guard(self, path: Path, item: object, size: int, above: object) -> None:
+    def _guard(self, path: Path, item: object, size: int, above: Above) -> None:
         """Refuse cycles, great depth, and small pickles whose shared containers unfold without end."""
         self._limits.check("depth", len(path), "containers are nested too deeply", path=self._path)
         self._visits += size + 1
@@ -141,9 +143,9 @@ class TreeBuilder:
         if self._visits > most:
             raise LimitExceeded("shared containers unfold without end", limit="nodes", most=most, path=self._path)
         while above is not None:
-            identity, above = above  # type: ignore[misc]
-            if identity == id(item):
+            if above[0] == id(item):
                 raise CorruptFile(f"the container '{dotted(path)}' contains itself", path=self._path)
+            above = above[1]
 
     # ---------------------------------------------------------------- tensors
 
@@ -160,7 +162,16 @@ class TreeBuilder:
         if record.parts or record.attributes:
             parts, attributes = self._facts(path, record)
         return TensorEntry(
-            path, record.dtype, record.shape, view, record.layout, parts, device, record.requires_grad, record.kind, attributes
+            path,
+            record.dtype,
+            record.shape,
+            view,
+            record.layout,
+            parts,
+            device,
+            record.requires_grad,
+            record.kind,
+            attributes,
         )
 
     def _facts(self, path: Path, record: TensorRecord) -> tuple[Mapping[str, TensorEntry], Mapping[str, object]]:
@@ -191,7 +202,9 @@ class TreeBuilder:
         if found is None:
             self._next_id += 1
             if isinstance(data, Blob):
-                found = Storage(self._next_id, data.nbytes, Extent(0, data.offset, data.nbytes), None, byteorder, None, name)
+                found = Storage(
+                    self._next_id, data.nbytes, Extent(0, data.offset, data.nbytes), None, byteorder, None, name
+                )
             else:
                 raw = data.encode("utf-8") if isinstance(data, str) else bytes(data)  # type: ignore[call-overload]
                 found = Storage(self._next_id, len(raw), None, raw, byteorder, None, name)
@@ -210,7 +223,11 @@ class TreeBuilder:
         wanted = record.dtype.dtype.nbytes(prod(record.shape))
         if storage.nbytes != wanted:
             raise CorruptFile(
-                "an array has another size than its shape", path=self._path, key=dotted(path), expected=f"{wanted} bytes", found=storage.nbytes
+                "an array has another size than its shape",
+                path=self._path,
+                key=dotted(path),
+                expected=f"{wanted} bytes",
+                found=storage.nbytes,
             )
         shape = record.shape
         stride = packed_stride(shape[::-1])[::-1] if record.fortran else packed_stride(shape)
@@ -224,7 +241,9 @@ class TreeBuilder:
         kind = type(value)
         if kind in _SCALARS:
             return value
-        self._limits.check("depth", depth * self._limits.depth // _VALUE_DEPTH, "values are nested too deeply", path=self._path)
+        self._limits.check(
+            "depth", depth * self._limits.depth // _VALUE_DEPTH, "values are nested too deeply", path=self._path
+        )
         self._visits += 1
         self._limits.check("nodes", self._visits, "too many values in containers", path=self._path)
         down = depth + 1

@@ -54,7 +54,9 @@ class PickleWriter:
         if self._unsafe:
             what = f"objects can't be written to a file that loads without running code: {shown}{more}"
             return UnsafeContent(what, globals=self._unsafe, key=first, hint=_ELSEWHERE)
-        return Unsupported(f"torch.load(weights_only=True) can't read these leaves: {shown}{more}", key=first, hint=_ELSEWHERE)
+        return Unsupported(
+            f"torch.load(weights_only=True) can't read these leaves: {shown}{more}", key=first, hint=_ELSEWHERE
+        )
 
     # ---------------------------------------------------------------- the tree
 
@@ -252,7 +254,7 @@ class PickleWriter:
             if kind is set:
                 self._global("__builtin__", "set")
             self._op(b"](")
-            for item in sorted(value, key=repr) if kind is set else value:  # type: ignore[call-overload]
+            for item in sorted(value, key=repr) if kind is set else value:  # type: ignore[call-overload, union-attr]
                 self._value(item)
             self._op(b"e\x85R" if kind is set else b"e")
         elif kind is dict:
@@ -274,7 +276,7 @@ class PickleWriter:
             self._refuse(entry, refused.kind)
 
     def _one_tensor(self, entry: TensorEntry) -> None:
-        extra = {name: value for name, value in entry.attributes.items()} if entry.layout == "strided" else {}
+        extra = dict(entry.attributes) if entry.layout == "strided" else {}
         if entry.kind not in ("Tensor", "Parameter", "Buffer", "ndarray"):
             self._unsafe[entry.kind] = None
             raise _Refused(entry, entry.kind)

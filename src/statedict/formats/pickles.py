@@ -85,14 +85,18 @@ class Machine:
         except IndexError as error:
             # The window ended (with the file), or the stack did.
             short = self._pos >= len(self._data)
-            raise self._bad(_TOO_SHORT if short else "a pickle instruction finds too few values on the stack") from error
+            raise self._bad(
+                _TOO_SHORT if short else "a pickle instruction finds too few values on the stack"
+            ) from error
         except KeyError as error:
             raise self._bad(f"the pickle asks for memo entry {error.args[0]}, which was never stored") from error
         except (ValueError, TypeError, OverflowError, UnicodeError, struct.error) as error:
             raise self._bad(f"a pickle instruction can't be carried out ({type(error).__name__})") from error
 
     def _bad(self, what: str) -> CorruptFile:
-        return CorruptFile(what, path=self.file.path, offset=self.offset, hint="The file is damaged: download or copy it again")
+        return CorruptFile(
+            what, path=self.file.path, offset=self.offset, hint="The file is damaged: download or copy it again"
+        )
 
     def _fail(self, what: str) -> NoReturn:
         raise self._bad(what)
@@ -113,7 +117,9 @@ class Machine:
     def _take(self, nbytes: int) -> bytes:
         """That many bytes at the current position, which moves on. Their number is checked before they are read."""
         if nbytes < 0 or self.offset + nbytes > self.file.nbytes:
-            self._fail(f"a pickle instruction claims {nbytes} bytes, the file has {self.file.nbytes - self.offset} left")
+            self._fail(
+                f"a pickle instruction claims {nbytes} bytes, the file has {self.file.nbytes - self.offset} left"
+            )
         if self._pos + nbytes > len(self._data):
             self.limits.check("pickle_bytes", self._read + nbytes, "a pickle stream is too long")
             self._refill(nbytes)
@@ -364,7 +370,7 @@ class Machine:
             self._fail("a text of the pickle has no quotes")
         import codecs
 
-        self._python2_text(codecs.escape_decode(line[1:-1])[0])  # type: ignore[attr-defined]
+        self._python2_text(codecs.escape_decode(line[1:-1])[0])
 
     def _op_binstring(self) -> None:
         self._python2_text(self._take(int.from_bytes(self._take(4), "little", signed=True)))
@@ -377,7 +383,9 @@ class Machine:
             return self._take(nbytes)
         blob = Blob(self.offset, nbytes)
         if nbytes > self.file.nbytes - blob.offset:
-            self._fail(f"a pickle instruction claims {nbytes} bytes, the file has {self.file.nbytes - blob.offset} left")
+            self._fail(
+                f"a pickle instruction claims {nbytes} bytes, the file has {self.file.nbytes - blob.offset} left"
+            )
         self._read += self._pos
         self._base, self._pos, self._data = blob.offset + nbytes, 0, b""
         self._refill()
@@ -561,7 +569,9 @@ class Machine:
     def _op_frame(self) -> None:
         nbytes = self._number(8)
         if nbytes > self.file.nbytes - self.offset:
-            self._fail(f"a frame of the pickle claims {nbytes} bytes, the file has {self.file.nbytes - self.offset} left")
+            self._fail(
+                f"a frame of the pickle claims {nbytes} bytes, the file has {self.file.nbytes - self.offset} left"
+            )
 
 
 _COLD = {

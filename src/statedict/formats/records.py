@@ -11,7 +11,17 @@ from typing import Any, NamedTuple
 
 from statedict.dtypes import DType
 
-__all__ = ["ArrayRecord", "Blob", "Builder", "Global", "MappingRecord", "NumpyDType", "StorageRef", "TensorRecord", "Unfit"]
+__all__ = [
+    "ArrayRecord",
+    "Blob",
+    "Builder",
+    "Global",
+    "MappingRecord",
+    "NumpyDType",
+    "StorageRef",
+    "TensorRecord",
+    "Unfit",
+]
 
 
 # Shared by all records without any: 100,000 tensors would otherwise make 300,000 empty dicts.
@@ -72,7 +82,20 @@ class StorageRef:
 class TensorRecord:
     """A tensor that a rebuild function would make."""
 
-    __slots__ = ("attributes", "bits", "device", "dtype", "kind", "layout", "offset", "parts", "requires_grad", "shape", "storage", "stride")
+    __slots__ = (
+        "attributes",
+        "bits",
+        "device",
+        "dtype",
+        "kind",
+        "layout",
+        "offset",
+        "parts",
+        "requires_grad",
+        "shape",
+        "storage",
+        "stride",
+    )
 
     def __init__(
         self,

@@ -53,7 +53,9 @@ class _Stream:
         for name, wanted in (("magic number", MAGIC), ("protocol version", PROTOCOL)):
             found = self.next()
             if found != wanted:
-                raise CorruptFile(f"the {name} of the stream is wrong", path=self.file.path, expected=wanted, found=found)
+                raise CorruptFile(
+                    f"the {name} of the stream is wrong", path=self.file.path, expected=wanted, found=found
+                )
         info = self.next()
         return info if isinstance(info, dict) else {}
 
@@ -83,7 +85,9 @@ class _Stream:
             ref = self.refs.get(name)
             if ref is None or name in found:
                 what = "twice" if ref is not None else "but no tensor uses it"
-                raise CorruptFile(f"storage '{name}' is listed, {what}", path=self.file.path, offset=self.offset, hint=_DAMAGED)
+                raise CorruptFile(
+                    f"storage '{name}' is listed, {what}", path=self.file.path, offset=self.offset, hint=_DAMAGED
+                )
             numel = int.from_bytes(self.file.read(self.offset, 8), "little", signed=True)
             if numel != ref.numel:
                 raise CorruptFile(
@@ -119,8 +123,13 @@ def read_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS) -> Man
     info = stream.header()
     value = stream.next()
     storages = stream.storages()
-    tree = TreeBuilder(lambda ref: _storage(file, ref, storages), limits, path=file.path, sources=stream.sources).build(value)
-    notes = [*tree.notes, Finding("no-crc", "info", "the legacy format has no checksums: damage to the values can't be seen")]
+    tree = TreeBuilder(lambda ref: _storage(file, ref, storages), limits, path=file.path, sources=stream.sources).build(
+        value
+    )
+    notes = [
+        *tree.notes,
+        Finding("no-crc", "info", "the legacy format has no checksums: damage to the values can't be seen"),
+    ]
     return Manifest(
         "torch-legacy",
         (FileFact(file.path, file.nbytes),),
@@ -150,6 +159,7 @@ def _trailing(file: File, offset: int) -> list[Finding]:
 def read_pickle_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS) -> Manifest:
     """What a plain pickle holds. Long byte strings stay in the file and are read when their array is."""
     file = files[0]
+
     def nested(args: tuple[object, ...]) -> StorageRef:
         return _nested_storage(file, args, limits)
 
@@ -175,7 +185,9 @@ def read_pickle_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS)
 
 
 def _refuse(pid: object) -> object:
-    raise CorruptFile("the pickle names a value outside itself (a persistent id), and there is none", found=repr(pid)[:100])
+    raise CorruptFile(
+        "the pickle names a value outside itself (a persistent id), and there is none", found=repr(pid)[:100]
+    )
 
 
 def _nested_storage(file: File, args: tuple[object, ...], limits: Limits) -> StorageRef:
@@ -195,5 +207,9 @@ def _nested_storage(file: File, args: tuple[object, ...], limits: Limits) -> Sto
     extent = stream.storages()[ref.key].extent
     assert extent is not None
     made = StorageRef(ref.key, ref.dtype, ref.numel, ref.device, ref.view_offset)
-    made.data = Blob(data.offset + extent.offset, extent.nbytes) if isinstance(data, Blob) else inner.read(extent.offset, extent.nbytes)
+    made.data = (
+        Blob(data.offset + extent.offset, extent.nbytes)
+        if isinstance(data, Blob)
+        else inner.read(extent.offset, extent.nbytes)
+    )
     return made

@@ -87,7 +87,9 @@ def read_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS) -> Man
     parts = {}
     for name in ("storages", "tensors", "pickle"):
         if name not in places:
-            raise CorruptFile(f"the tar archive has no member '{name}'", path=file.path, hint="It is no torch checkpoint: unpack it")
+            raise CorruptFile(
+                f"the tar archive has no member '{name}'", path=file.path, hint="It is no torch checkpoint: unpack it"
+            )
         parts[name] = (Slice(file, *places[name], name), places[name][0])
     storages, refs = _Storages(*parts["storages"], limits).read()
     tensors = _read_tensors(parts["tensors"][0], refs, limits)
@@ -106,7 +108,9 @@ def read_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS) -> Man
     value = Machine(parts["pickle"][0], persistent=persistent, limits=limits).run()
     tree = TreeBuilder(lambda ref: storages[ref.key], limits, path=file.path, sources=sources).build(value)
     facts = (FileFact(file.path, file.nbytes),)
-    return Manifest("torch-tar", facts, tuple(storages.values()), tree.tensors, tree.objects, tree.root, {}, tuple(tree.notes))
+    return Manifest(
+        "torch-tar", facts, tuple(storages.values()), tree.tensors, tree.objects, tree.root, {}, tuple(tree.notes)
+    )
 
 
 class _Storages:
@@ -132,15 +136,21 @@ class _Storages:
             facts = self._next()
             dtype = storage_dtype(facts[2]) if isinstance(facts, tuple) and len(facts) == 3 else None
             if not isinstance(facts, tuple) or dtype is None:
-                raise CorruptFile("a storage is described wrongly", path=self._file.path, offset=self._offset, hint=_DAMAGED)
+                raise CorruptFile(
+                    "a storage is described wrongly", path=self._file.path, offset=self._offset, hint=_DAMAGED
+                )
             key, device = str(facts[0]), facts[1]
             numel = int.from_bytes(self._file.read(self._offset, 8), "little", signed=True)
             nbytes = dtype.nbytes(max(numel, 0))
             if numel < 0 or self._offset + 8 + nbytes > self._file.nbytes:
-                raise CorruptFile(f"storage '{key}' has no proper length", path=self._file.path, offset=self._offset, found=numel)
+                raise CorruptFile(
+                    f"storage '{key}' has no proper length", path=self._file.path, offset=self._offset, found=numel
+                )
             extent = Extent(0, self._base + self._offset + 8, nbytes)
             storages[key] = Storage(number, nbytes, extent, None, "little", None, key)
-            refs[key] = StorageRef(key, dtype, numel, device.decode("latin-1") if isinstance(device, bytes) else str(device))
+            refs[key] = StorageRef(
+                key, dtype, numel, device.decode("latin-1") if isinstance(device, bytes) else str(device)
+            )
             self._offset += 8 + nbytes
         self._read_views(refs)
         return storages, refs
@@ -164,7 +174,9 @@ def _none(pid: object) -> object:
 def _count(value: object, file: File) -> int:
     """A number of records, each of which takes at least one byte."""
     if type(value) is not int or not 0 <= value <= file.nbytes:
-        raise CorruptFile("a member begins with no proper count", path=file.path, found=repr(value)[:100], hint=_DAMAGED)
+        raise CorruptFile(
+            "a member begins with no proper count", path=file.path, found=repr(value)[:100], hint=_DAMAGED
+        )
     return value
 
 
@@ -182,13 +194,17 @@ def _read_tensors(file: File, refs: dict[str, StorageRef], limits: Limits) -> di
         key, storage_key, _ = facts
         ndim = int.from_bytes(file.read(offset, 4), "little", signed=True)
         if ndim < 0 or offset + 8 + 16 * ndim + 8 > file.nbytes:
-            raise CorruptFile(f"tensor '{key}' has no proper number of dimensions", path=file.path, offset=offset, found=ndim)
+            raise CorruptFile(
+                f"tensor '{key}' has no proper number of dimensions", path=file.path, offset=offset, found=ndim
+            )
         raw = file.read(offset + 8, 16 * ndim + 8)
         numbers = [int.from_bytes(raw[i : i + 8], "little", signed=True) for i in range(0, len(raw), 8)]
         offset += 8 + len(raw)
         ref = refs.get(str(storage_key))
         if ref is None or min(numbers) < 0:
-            raise CorruptFile(f"tensor '{key}' is no view of a storage of the archive", path=file.path, offset=offset, hint=_DAMAGED)
+            raise CorruptFile(
+                f"tensor '{key}' is no view of a storage of the archive", path=file.path, offset=offset, hint=_DAMAGED
+            )
         shape, stride = tuple(numbers[:ndim]), tuple(numbers[ndim : 2 * ndim])
         tensors[str(key)] = TensorRecord(ref, ref.dtype, numbers[-1], shape, stride)
     return tensors

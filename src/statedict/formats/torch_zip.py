@@ -73,7 +73,11 @@ def _records(file: File, directory: zips.ZipDirectory) -> dict[str, zips.ZipEntr
     records = {}
     for entry in directory.entries:
         if not entry.name.startswith(top):
-            raise CorruptFile(f"entry '{entry.name}' is outside the archive's folder '{top}'", path=file.path, offset=entry.header_offset)
+            raise CorruptFile(
+                f"entry '{entry.name}' is outside the archive's folder '{top}'",
+                path=file.path,
+                offset=entry.header_offset,
+            )
         records[entry.name[len(top) :]] = entry
     return records
 
@@ -84,7 +88,9 @@ def storage_ref(pid: object, *, fields: int) -> StorageRef:
     Python 2 wrote its texts as bytes. The class may be ``torch.cuda.FloatStorage`` in old files.
     """
     if not isinstance(pid, tuple) or len(pid) != fields or pid[0] not in ("storage", b"storage"):
-        raise CorruptFile("a persistent id is none of a storage", expected=f"('storage', class, key, device, length), {fields} fields")
+        raise CorruptFile(
+            "a persistent id is none of a storage", expected=f"('storage', class, key, device, length), {fields} fields"
+        )
     _, storage_class, key, device, numel = pid[:5]
     dtype = storage_dtype(storage_class)
     if dtype is None:
@@ -106,10 +112,16 @@ def _byteorder(file: File, records: dict[str, zips.ZipEntry], limits: Limits) ->
     return text
 
 
-def _storages(file: File, records: dict[str, zips.ZipEntry], refs: dict[str, StorageRef], byteorder: str) -> dict[str, Storage]:
+def _storages(
+    file: File, records: dict[str, zips.ZipEntry], refs: dict[str, StorageRef], byteorder: str
+) -> dict[str, Storage]:
     """The storage of every reference whose record is there, numbered in the order of the pickle."""
     # torch finds records without regard to case (miniz); names that differ only so were refused with the directory.
-    folded = {name.lower(): entry for name, entry in records.items()} if any(f"data/{key}" not in records for key in refs) else {}
+    folded = (
+        {name.lower(): entry for name, entry in records.items()}
+        if any(f"data/{key}" not in records for key in refs)
+        else {}
+    )
     found = {}
     for key in refs:
         entry = records.get(f"data/{key}") or folded.get(f"data/{key}".lower())
@@ -141,7 +153,9 @@ def _storage(file: File, ref: StorageRef, storages: dict[str, Storage]) -> Stora
     if ref.device == "meta" or ref.numel == 0:
         # Neither has bytes, and torch may give several empty storages one key.
         return Storage(-1, 0, None, b"", "little", None, f"data/{ref.key}")
-    raise CorruptFile(f"the record of storage 'data/{ref.key}' is missing or of another size", path=file.path, hint=_DAMAGED)
+    raise CorruptFile(
+        f"the record of storage 'data/{ref.key}' is missing or of another size", path=file.path, hint=_DAMAGED
+    )
 
 
 def _metadata(file: File, records: dict[str, zips.ZipEntry], limits: Limits) -> dict[str, str]:
@@ -161,17 +175,40 @@ def _notes(records: dict[str, zips.ZipEntry], storages: dict[str, Storage], tree
     orphans = [name for name in records if name.startswith("data/") and name.lower() not in named]
     if orphans:
         nbytes = sum(records[name].nbytes for name in orphans)
-        notes.append(Finding("orphan-records", "warning", f"{len(orphans)} records ({nbytes:,} bytes) belong to no tensor", tuple(orphans[:20])))
+        notes.append(
+            Finding(
+                "orphan-records",
+                "warning",
+                f"{len(orphans)} records ({nbytes:,} bytes) belong to no tensor",
+                tuple(orphans[:20]),
+            )
+        )
     if "version" not in records and ".data/version" not in records:
-        notes.append(Finding("no-version", "warning", "the archive has no version record: torch.load refuses it; convert it to repair that"))
+        notes.append(
+            Finding(
+                "no-version",
+                "warning",
+                "the archive has no version record: torch.load refuses it; convert it to repair that",
+            )
+        )
     full = [storage for storage in storages.values() if storage.nbytes]
     bare = sum(storage.crc is None for storage in full)
     if bare:
-        notes.append(Finding("no-crc", "info", f"{bare} of {len(full)} storages have no CRC-32: damage to them can't be seen"))
+        notes.append(
+            Finding("no-crc", "info", f"{bare} of {len(full)} storages have no CRC-32: damage to them can't be seen")
+        )
     askew = sum(storage.extent.offset % _ALIGNMENT != 0 for storage in full if storage.extent is not None)
     if askew:
-        notes.append(Finding("alignment", "info", f"{askew} of {len(full)} storages are not aligned to {_ALIGNMENT} bytes"))
+        notes.append(
+            Finding("alignment", "info", f"{askew} of {len(full)} storages are not aligned to {_ALIGNMENT} bytes")
+        )
     packed = sum(storage.extent.codec != "raw" for storage in full if storage.extent is not None)
     if packed:
-        notes.append(Finding("compressed", "info", f"{packed} of {len(full)} storages are compressed: torch.load(mmap=True) reads them wrong"))
+        notes.append(
+            Finding(
+                "compressed",
+                "info",
+                f"{packed} of {len(full)} storages are compressed: torch.load(mmap=True) reads them wrong",
+            )
+        )
     return notes

@@ -18,7 +18,17 @@ from statedict.io.ranges import File, read_many
 from statedict.limits import DEFAULT_LIMITS, Limits
 from statedict.manifest import Extent
 
-__all__ = ["DEFLATED", "STORED", "ZipDirectory", "ZipEntry", "data_offset", "data_offsets", "extent", "read_directory", "read_entry"]
+__all__ = [
+    "DEFLATED",
+    "STORED",
+    "ZipDirectory",
+    "ZipEntry",
+    "data_offset",
+    "data_offsets",
+    "extent",
+    "read_directory",
+    "read_entry",
+]
 
 STORED, DEFLATED = 0, 8
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -58,7 +68,9 @@ def read_directory(file: File, limits: Limits = DEFAULT_LIMITS) -> ZipDirectory:
     """
     offset, nbytes, count = _locate(file)
     if count > nbytes // _CENTRAL.size:
-        raise CorruptFile("the zip directory claims more entries than it has room for", path=file.path, offset=offset, found=count)
+        raise CorruptFile(
+            "the zip directory claims more entries than it has room for", path=file.path, offset=offset, found=count
+        )
     limits.check("nodes", count, "too many entries in the zip directory", path=file.path)
     limits.check("header_bytes", nbytes, "the zip directory is too long", path=file.path)
     data = file.read(offset, nbytes)
@@ -100,12 +112,16 @@ def _resolve64(file: File, end64: int, short: tuple[int, int, int]) -> tuple[int
         raise CorruptFile("the zip archive's 64-bit end record is missing", path=file.path, offset=end64, hint=_CUT)
     for value, long, full in zip(short, (count, nbytes, offset), (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)):
         if value not in (long, full):
-            raise CorruptFile("the zip archive's two end records disagree", path=file.path, offset=end64, expected=value, found=long)
+            raise CorruptFile(
+                "the zip archive's two end records disagree", path=file.path, offset=end64, expected=value, found=long
+            )
     return count, nbytes, offset
 
 
 def _entry(data: bytes, pos: int) -> tuple[ZipEntry, int]:
-    (magic, _, _, flags, method, _, _, crc, packed, nbytes, n_name, n_extra, n_comment, _, _, _, offset) = _CENTRAL.unpack_from(data, pos)
+    (magic, _, _, flags, method, _, _, crc, packed, nbytes, n_name, n_extra, n_comment, _, _, _, offset) = (
+        _CENTRAL.unpack_from(data, pos)
+    )
     if magic != b"PK\x01\x02":
         raise IndexError("no entry here")
     first = pos + _CENTRAL.size
@@ -139,7 +155,11 @@ def _check(file: File, entries: list[ZipEntry], directory: int) -> None:
     for entry in entries:
         name = entry.name.lower()
         if name in names:
-            raise CorruptFile(f"two entries of the zip archive are both named '{entry.name}'", path=file.path, offset=entry.header_offset)
+            raise CorruptFile(
+                f"two entries of the zip archive are both named '{entry.name}'",
+                path=file.path,
+                offset=entry.header_offset,
+            )
         names.add(name)
         if entry.method == DEFLATED:
             if entry.nbytes > _MOST_RATIO * entry.packed_nbytes + 64:
@@ -155,7 +175,9 @@ def _check(file: File, entries: list[ZipEntry], directory: int) -> None:
     last = 0
     for entry in sorted(entries, key=lambda e: e.header_offset):
         if entry.header_offset < last:
-            raise CorruptFile(f"entry '{entry.name}' overlaps the one before it", path=file.path, offset=entry.header_offset)
+            raise CorruptFile(
+                f"entry '{entry.name}' overlaps the one before it", path=file.path, offset=entry.header_offset
+            )
         last = entry.header_offset + _LOCAL.size + entry.packed_nbytes
     if last > directory:
         raise CorruptFile("the last entry runs into the zip directory", path=file.path, offset=directory, hint=_CUT)
@@ -182,7 +204,9 @@ def data_offsets(file: File, entries: Sequence[ZipEntry]) -> list[int]:
                 hint=_CUT,
             )
         if (flags | entry.flags) & 1:
-            raise Unsupported(f"entry '{entry.name}' is encrypted", path=file.path, hint="Unpack the archive with its password first")
+            raise Unsupported(
+                f"entry '{entry.name}' is encrypted", path=file.path, hint="Unpack the archive with its password first"
+            )
         if method not in (STORED, DEFLATED):
             raise Unsupported(
                 f"entry '{entry.name}' is compressed by method {method}",
@@ -209,7 +233,15 @@ def read_entry(file: File, entry: ZipEntry, limits: Limits = DEFAULT_LIMITS, *, 
     try:
         data = unwrap.decompress(packed, entry.nbytes + 1)
     except zlib.error as error:
-        raise CorruptFile(f"entry '{entry.name}' can't be unpacked: {error}", path=file.path, offset=offset, hint=_CUT) from error
+        raise CorruptFile(
+            f"entry '{entry.name}' can't be unpacked: {error}", path=file.path, offset=offset, hint=_CUT
+        ) from error
     if len(data) != entry.nbytes:
-        raise CorruptFile(f"entry '{entry.name}' unpacks to another size", path=file.path, offset=offset, expected=entry.nbytes, found=len(data))
+        raise CorruptFile(
+            f"entry '{entry.name}' unpacks to another size",
+            path=file.path,
+            offset=offset,
+            expected=entry.nbytes,
+            found=len(data),
+        )
     return data

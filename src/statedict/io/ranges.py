@@ -13,7 +13,18 @@ from typing import NamedTuple, Protocol
 
 from statedict.errors import CorruptFile, FileError, UnknownFormat
 
-__all__ = ["BLOCK_NBYTES", "File", "LocalFile", "MemoryFile", "Run", "Slice", "blocks", "close_all", "merge", "read_many"]
+__all__ = [
+    "BLOCK_NBYTES",
+    "File",
+    "LocalFile",
+    "MemoryFile",
+    "Run",
+    "Slice",
+    "blocks",
+    "close_all",
+    "merge",
+    "read_many",
+]
 
 # The unit in which large ranges are streamed: 4 MiB keeps both cores busy and stays in the second-level cache's reach.
 BLOCK_NBYTES = 4 * 1024 * 1024
@@ -43,7 +54,10 @@ class LocalFile:
         self.path = path
         try:
             # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+            self._fd = os.open(
+                path,
+                os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0),
+            )
         except OSError as error:
             raise FileError.of(error, path, "can't be opened") from error
         except ValueError as error:
@@ -51,7 +65,9 @@ class LocalFile:
         facts = os.fstat(self._fd)
         if not stat.S_ISREG(facts.st_mode):
             os.close(self._fd)
-            raise UnknownFormat(f"this is {_file_type(facts.st_mode)}, not a file", path=path, hint="Name a checkpoint file")
+            raise UnknownFormat(
+                f"this is {_file_type(facts.st_mode)}, not a file", path=path, hint="Name a checkpoint file"
+            )
         self.nbytes = facts.st_size
         self.identity = (facts.st_dev, facts.st_ino)
 
