@@ -6,7 +6,6 @@ import io
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -31,17 +30,14 @@ def inspection() -> Inspection:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What ``inspect`` and ``convert`` are called with; both answer with a small inspection."""
+    """What ``inspect`` is called with; it answers with a small inspection."""
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def answer(*args: Any, **kwargs: Any) -> Inspection:
         seen.append((args, kwargs))
         return inspection()
 
-    module = ModuleType("statedict.ops.convert")
-    module.convert = answer  # type: ignore[attr-defined]
     monkeypatch.setattr(inspecting, "inspect", answer)
-    monkeypatch.setitem(sys.modules, "statedict.ops.convert", module)
     return seen
 
 
@@ -62,7 +58,7 @@ def test_without_a_verb_the_help_is_printed(words: list[str], capsys: pytest.Cap
     assert "  inspect" in streams.out
 
 
-@pytest.mark.parametrize("verb", ["inspect", "convert"])
+@pytest.mark.parametrize("verb", ["inspect"])
 def test_every_verb_explains_itself_with_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = main([verb, "--help"])
     out = capsys.readouterr().out
@@ -86,7 +82,7 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "said"),
     [
         (["inspct", "x"], "there is no verb 'inspct'. Did you mean statedict inspect?"),
-        (["\x1b[2J"], "there is no verb '\\x1b[2J'. There is: inspect, convert. See statedict --help"),
+        (["\x1b[2J"], "there is no verb '\\x1b[2J'. There is: inspect. See statedict --help"),
         (["--format", "json"], "the verb comes first, then --format. See statedict --help"),
         (["inspect"], "the following arguments are required: SOURCE. See statedict inspect --help"),
         (
@@ -123,16 +119,9 @@ def test_the_text_is_the_result_and_stderr_is_empty(calls: list[Any], capsys: py
 
 
 def test_options_reach_inspect(calls: list[Any]) -> None:
-    main(["inspect", "m.pth", "--stats", "--at", "model", "--limit", "depth=5", "--limit", "nodes=1_000"])
+    main(["inspect", "m.pth", "--at", "model", "--limit", "depth=5", "--limit", "nodes=1_000"])
 
-    assert {"stats": True, "at": "model", "limits": DEFAULT_LIMITS._replace(depth=5, nodes=1000)} == calls[0][1]
-
-
-def test_options_reach_convert(calls: list[Any]) -> None:
-    main(["convert", "a.pth", "b.pth", "--at", "k", "--dry-run", "--overwrite", "--keep-storages", "--no-digests"])
-    expected = {"at": "k", "dry_run": True, "overwrite": True, "keep_storages": True, "digests": False}
-
-    assert [(("a.pth", "b.pth"), {**expected, "limits": DEFAULT_LIMITS})] == calls
+    assert {"at": "model", "limits": DEFAULT_LIMITS._replace(depth=5, nodes=1000)} == calls[0][1]
 
 
 def test_json_is_exactly_the_results_facts(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

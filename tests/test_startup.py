@@ -101,7 +101,7 @@ def test_a_module_that_lies_beside_a_download_is_not_run(weights: Path) -> None:
     ours = ("argparse", "json", "numpy", "re", "rich", "struct", "typing")
     for name in ours:
         (weights.parent / f"{name}.py").write_text(f"raise SystemExit('{name} was run')\n", encoding="utf-8")
-    run = python("-m", "statedict", "inspect", "--stats", weights.name, "--format", "json", folder=weights.parent)
+    run = python("-m", "statedict", "inspect", weights.name, "--format", "json", folder=weights.parent)
 
     assert 2 == json.loads(run.stdout)["totals"]["tensors"]
 

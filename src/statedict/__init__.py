@@ -1,9 +1,8 @@
-"""Open, inspect and convert checkpoints without running a byte of them.
+"""Open and inspect checkpoints without running a byte of them.
 
     with statedict.open("model.pth") as ckpt:
         ckpt["fc1.weight"][0:2].numpy()
     print(statedict.inspect("model.pth"))
-    statedict.convert("model.pth", "model.safetensors")
 
 Importing this package imports nothing else: each name below is fetched when it is first used.
 """
@@ -41,7 +40,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Checkpoint",
-    "Conversion",
     "CorruptFile",
     "FileError",
     "FormatError",

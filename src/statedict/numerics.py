@@ -22,11 +22,13 @@ def numpy_dtype(dtype: DType) -> np.dtype[Any]:
     if not name:
         raise Unsupported(f"numpy has no arrays of {dtype}", hint="Read its bytes: .read()")
     if name.startswith("["):
-        return np.dtype(ast.literal_eval(name))
+        made: np.dtype[Any] = np.dtype(ast.literal_eval(name))
+        return made
     if name == "bfloat16" or name.startswith("float8"):
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, name))
+        named: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return named
     return np.dtype(name)
 
 
@@ -75,4 +77,5 @@ def _negate_imaginary(values: Array) -> None:
 
 def to_packed_bytes(values: Array) -> memoryview:
     """The bytes of an array in reading order; a view where they lie so already."""
-    return memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    packed: Any = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    return memoryview(packed)

@@ -22,7 +22,6 @@ examples:
   statedict inspect model.pth
   statedict inspect run.ckpt --at model_state_dict --tree
   statedict inspect run.ckpt#model_state_dict --match '*.bias' --flat
-  statedict inspect model.safetensors --stats
   statedict inspect model.safetensors --format html -o model.html
 """
 
@@ -36,7 +35,6 @@ def configure(parser: ArgumentParser) -> None:
     view = parser.add_mutually_exclusive_group()
     view.add_argument("--flat", action="store_true", help="a line for every tensor")
     view.add_argument("--tree", action="store_true", help="the keys as a tree, with totals")
-    parser.add_argument("--stats", action="store_true", help="read the values: min, max, mean, std, zeros, NaN, Inf")
     parser.add_argument("--overwrite", action="store_true", help="replace the file of -o")
     add_limit(parser)
 
@@ -45,7 +43,7 @@ def run(options: Namespace, console: Console) -> int:
     """Shows the inspection. What it finds does not change the exit code."""
     from statedict.ops.inspect import inspect
 
-    result = inspect(options.source, stats=options.stats, at=options.at, limits=limits_of(options))
+    result = inspect(options.source, at=options.at, limits=limits_of(options))
     if options.match is not None:
         result = result.matching(options.match)
         if not result.tensors and not result.objects:

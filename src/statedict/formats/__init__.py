@@ -19,7 +19,8 @@ _LEGACY = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
 
 def sniff(file: File) -> str:
-    """The format of the file: ``torch-zip`` (TorchScript too), ``torch-legacy``, ``torch-tar`` or ``pickle``.
+    """The format of the file: ``torch-zip`` (TorchScript too), ``torch-legacy``, ``torch-tar``, ``safetensors``
+    or ``pickle``.
 
     Reads the first 512 bytes. Raises ``UnknownFormat`` with what the file is.
     """
@@ -28,6 +29,8 @@ def sniff(file: File) -> str:
         raise UnknownFormat("the file is empty", path=file.path, hint="Download or copy it again")
     if head.startswith(b"PK\x03\x04"):
         return "torch-zip"
+    if len(head) > 8 and int.from_bytes(head[:8], "little") <= 1 << 40 and head[8:].lstrip(b" ")[:1] == b"{":
+        return "safetensors"
     if head[:1] == b"\x80" and _LEGACY in head[:32]:
         return "torch-legacy"
     if head[_TAR_MAGIC[0] :].startswith(_TAR_MAGIC[1]):
@@ -52,6 +55,8 @@ def read_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS) -> Man
         from statedict.formats.torch_legacy import read_manifest as read
     elif kind == "torch-tar":
         from statedict.formats.torch_tar import read_manifest as read
+    elif kind == "safetensors":
+        from statedict.formats.safetensors import read_manifest as read
     else:
         from statedict.formats.torch_legacy import read_pickle_manifest as read
     return read(files, limits).validate(limits)

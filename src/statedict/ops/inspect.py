@@ -16,7 +16,7 @@ from statedict.report.document import Document
 from statedict.report.result import Result
 
 if TYPE_CHECKING:
-    from statedict.checkpoint import Checkpoint
+    pass
 
 __all__ = ["Inspection", "inspect", "inspection_of"]
 
@@ -83,10 +83,8 @@ class Inspection(Contents, Result):
         return page(self.document("complete"))
 
 
-def inspect(
-    source: object, *, stats: bool = False, at: str | Path | None = None, limits: Limits | None = None
-) -> Inspection:
-    """What is in a checkpoint: its header is read; its tensors' bytes only with ``stats``, in blocks.
+def inspect(source: object, *, at: str | Path | None = None, limits: Limits | None = None) -> Inspection:
+    """What is in a checkpoint: its header is read; no byte of a tensor.
 
     ``source`` is a path (``PATH#KEY`` selects a part), a ``Checkpoint``, or a mapping of tensors. Raises what ``open`` raises.
     """
@@ -95,20 +93,11 @@ def inspect(
 
     checkpoint = open_checkpoint(source, at=at, limits=limits)
     try:
-        return _inspected(checkpoint, stats)
+        return inspection_of(checkpoint.manifest, checkpoint.source)
     finally:
         # A checkpoint that was passed in is open for its owner, who closes it.
         if not isinstance(source, Checkpoint):
             checkpoint.close()
-
-
-def _inspected(checkpoint: Checkpoint, stats: bool) -> Inspection:
-    figures = None
-    if stats:
-        from statedict.numerics import checkpoint_statistics
-
-        figures = checkpoint_statistics(checkpoint)
-    return inspection_of(checkpoint.manifest, checkpoint.source, stats=figures)
 
 
 def inspection_of(
