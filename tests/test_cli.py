@@ -115,7 +115,7 @@ def test_the_text_is_the_result_and_stderr_is_empty(calls: list[Any], capsys: py
     streams = capsys.readouterr()
 
     assert (0, f"{inspection()}\n", "") == (code, streams.out, streams.err)
-    assert [(("m.pth",), {"stats": False, "at": None, "limits": DEFAULT_LIMITS})] == calls
+    assert [(("m.pth",), {"at": None, "limits": DEFAULT_LIMITS})] == calls
 
 
 def test_options_reach_inspect(calls: list[Any]) -> None:

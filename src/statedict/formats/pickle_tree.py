@@ -126,8 +126,7 @@ class TreeBuilder:
         node = Container(kind, keys, children, type=cls, attributes=facts)
         here = (id(item), above)
         parts = components(keys)
-        for index in range(len(keys) - 1, -1, -1):
-            pending.append(((*path, parts[index]), values[index], children, index, here))
+        pending.extend(((*path, parts[i]), values[i], children, i, here) for i in range(len(keys) - 1, -1, -1))
         return node
 
     def _guard(self, path: Path, item: object, size: int, above: Above) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from statedict.dtypes import BY_CODE
 from statedict.errors import CorruptFile
 from statedict.io.ranges import File
+from statedict.keys import Path
 from statedict.limits import DEFAULT_LIMITS, Limits
 from statedict.manifest import Container, Extent, FileFact, Manifest, Storage, StorageView, TensorEntry
 from statedict.views import packed_stride
@@ -33,7 +34,7 @@ def read_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS) -> Man
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CorruptFile("'__metadata__' holds something other than texts", path=file.path, offset=8)
-    tensors = {}
+    tensors: dict[Path, TensorEntry] = {}
     for number, (name, info) in enumerate(header.items()):
         tensors[(name,)] = _tensor(file, number, name, info, start)
     _check_ranges(file, list(tensors.values()), start)
