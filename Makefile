@@ -32,7 +32,7 @@ DEMO_MADE := $(call made,$(DEMO),requirements/demo.txt)
 help:
 	@echo "make test    lint, types and all tests: in an environment without torch, then in one with it"
 	@echo "make demo    the command line on the weights of a real model (91 MB, from a Python package)"
-	@echo "make bench   the figures of docs/benchmarks.md"
+	@echo "make bench   a durable write beside cp and fsync"
 	@echo "make lint    ruff: rules and format"
 	@echo "make types   mypy --strict"
 	@echo "make clean   remove the environments and caches"
@@ -57,7 +57,7 @@ demo: $(DEMO)/$(INSTALLED)
 	$(DEMO)/bin/python demo/run.py
 
 bench: $(TORCH)/$(INSTALLED)
-	$(TORCH)/bin/python benchmarks/run.py
+	$(TORCH)/bin/python benchmarks/copying.py
 
 clean:
 	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
