@@ -14,7 +14,7 @@ from statedict.keys import Path, display, dotted, escaped, near
 from statedict.limits import DEFAULT_LIMITS, Limits
 from statedict.manifest import Container, Manifest, TensorEntry, tied_groups
 from statedict.nodes import find, fold, rebased
-from statedict.views import boxes, is_packed, packed_stride, sliced
+from statedict.views import boxes, is_packed, sliced
 
 if TYPE_CHECKING:
     from statedict.numerics import Array
@@ -69,8 +69,8 @@ class LazyTensor:
 
     @property
     def stride(self) -> tuple[int, ...]:
-        """Elements from one index to the next along each dimension, in the stored tensor."""
-        return self.entry.view.stride if self.entry.view is not None else packed_stride(self.shape)
+        """Elements from one index to the next along each dimension, as the tensor was in memory."""
+        return self.entry.stride
 
     @property
     def layout(self) -> str:
@@ -102,7 +102,7 @@ class LazyTensor:
             raise self._unsupported("can't be sliced", "Read it whole, or slice its parts")
         offset, shape, stride = sliced(entry.shape, entry.view.stride, index)
         view = entry.view._replace(offset=entry.view.offset + offset, stride=stride)
-        return LazyTensor(entry._replace(shape=shape, view=view, digest=None), self._checkpoint)
+        return LazyTensor(entry._replace(shape=shape, view=view, digest=None, memory_stride=None), self._checkpoint)
 
     def read(self, out: Any = None) -> memoryview:
         """The values as packed little-endian bytes in reading order, in ``out`` if it is given.

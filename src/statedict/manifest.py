@@ -14,7 +14,7 @@ from statedict.dtypes import DType
 from statedict.errors import CorruptFile
 from statedict.keys import Path, dotted
 from statedict.limits import DEFAULT_LIMITS, Limits
-from statedict.views import reach
+from statedict.views import packed_stride, reach
 
 __all__ = [
     "Container",
@@ -63,6 +63,7 @@ class Storage(NamedTuple):
     byteorder: str = "little"
     crc: int | None = None  # CRC-32 of the unwrapped bytes; None where none was computed
     name: str = ""  # what the file calls it, for messages
+    digest: str | None = None  # "xxh3-128:…" of the unwrapped bytes, where the file records one
 
     def __repr__(self) -> str:
         where = self.extent if self.extent is not None else "memory" if self.data is not None else "nowhere"
@@ -95,6 +96,7 @@ class TensorEntry(NamedTuple):
     kind: str = "Tensor"  # "Parameter", "ndarray", or the class that the file names
     attributes: Mapping[str, object] = {}  # facts that belong to it, inert: quantizer, Python attributes
     digest: str | None = None  # "xxh3-128:…" of the packed little-endian bytes, where the file records one
+    memory_stride: tuple[int, ...] | None = None  # its strides in memory, where the file holds it in another order
 
     def __repr__(self) -> str:
         return f"TensorEntry({self.key!r}, {self.dtype}, {list(self.shape)})"
@@ -103,6 +105,13 @@ class TensorEntry(NamedTuple):
     def key(self) -> str:
         """The path as people write it."""
         return dotted(self.path)
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Elements from one index to the next along each dimension, as the tensor was in memory."""
+        if self.memory_stride is not None:
+            return self.memory_stride
+        return self.view.stride if self.view is not None else packed_stride(self.shape)
 
     @property
     def numel(self) -> int:

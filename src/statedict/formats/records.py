@@ -1,6 +1,6 @@
 """What the interpreter of pickles builds instead of the objects that a file names: inert records.
 
-They are the interpreter's own, and mutable, because a pickle fills an object after making it. ``pickle_tree`` turns them
+They are the interpreter's own, and mutable, because a pickle fills an object after making it. ``value_tree`` turns them
 into the entries of a manifest.
 """
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from statedict.errors import CorruptFile
-from statedict.formats.pickle_tree import TreeBuilder
+from statedict.formats.value_tree import TreeBuilder
 from statedict.formats.pickles import Machine
 from statedict.formats.records import Blob, Global, StorageRef, Unfit
 from statedict.formats.torch_zip import storage_ref

@@ -17,7 +17,7 @@ from typing import cast
 
 from statedict.errors import CorruptFile
 from statedict.formats.constructors import storage_dtype
-from statedict.formats.pickle_tree import TreeBuilder
+from statedict.formats.value_tree import TreeBuilder
 from statedict.formats.pickles import Machine
 from statedict.formats.records import Global, StorageRef, TensorRecord
 from statedict.io.ranges import File, Slice

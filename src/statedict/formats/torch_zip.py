@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from statedict.errors import CorruptFile, Unsupported
 from statedict.formats import zips
 from statedict.formats.constructors import storage_dtype
-from statedict.formats.pickle_tree import Tree, TreeBuilder
+from statedict.formats.value_tree import Tree, TreeBuilder
 from statedict.formats.pickles import Machine
 from statedict.formats.records import StorageRef
 from statedict.io.ranges import File, MemoryFile

@@ -37,8 +37,8 @@ class TensorFacts(NamedTuple):
             "device": entry.device,
             "requires_grad": entry.requires_grad,
         }
-        if entry.view is not None and not is_packed(entry.shape, entry.view.stride):
-            made["stride"] = list(entry.view.stride)
+        if entry.view is not None and not is_packed(entry.shape, entry.stride):
+            made["stride"] = list(entry.stride)
         if entry.kind != "Tensor":
             made["kind"] = entry.kind
         if entry.layout != "strided":

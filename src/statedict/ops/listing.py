@@ -125,8 +125,8 @@ class _Listing:
             tags.append(entry.device)
         view = entry.view
         if view is not None:
-            if not is_packed(entry.shape, view.stride):
-                tags.append(f"stride {list(view.stride)}")
+            if not is_packed(entry.shape, entry.stride):
+                tags.append(f"stride {list(entry.stride)}")
             if view.bits:
                 tags.append({"c": "conjugate", "n": "negative"}.get(view.bits, "conjugate, negative"))
         return tuple(tags)

@@ -1,6 +1,7 @@
-"""From what the interpreter of pickles built to the tree of a manifest.
+"""From a nested value to the tree of a manifest.
 
-Containers become ``Container`` nodes, tensors and arrays ``TensorEntry``, everything else ``ObjectEntry``. A list or set
+The value is what the interpreter of pickles built, what the notes of a safetensors file say, or what someone holds in
+memory; an ``adapt`` function turns the last two into the interpreter's records. Containers become ``Container`` nodes, tensors and arrays ``TensorEntry``, everything else ``ObjectEntry``. A list or set
 of plain values is one entry, and so is an empty container, so that nothing of the file is left unlisted. Objects of
 unknown classes become containers of kind ``opaque`` whose children are what they would have been given. Nothing recurses
 on the depth of the file.
@@ -61,7 +62,11 @@ _Task = tuple[Path, object, list[Node], int, Above]
 
 
 class TreeBuilder:
-    """Builds one ``Tree``. ``storage_of`` gives the storage of a reference; ``sources`` is for ``modules``."""
+    """Builds one ``Tree``.
+
+    ``storage_of`` gives the storage of a reference, ``sources`` is for ``modules``, and ``adapt`` turns a value of another
+    kind into an inert one before it is looked at.
+    """
 
     def __init__(
         self,
@@ -70,8 +75,10 @@ class TreeBuilder:
         *,
         path: str,
         sources: dict[str, str] | None = None,
+        adapt: Callable[[object], object] | None = None,
     ) -> None:
         self._storage_of = storage_of
+        self._adapt = adapt
         self._limits = limits
         self._path = path
         self._sources = sources or {}
@@ -94,13 +101,17 @@ class TreeBuilder:
         self._tree.storages = list(self._used.values())
         return self._tree
 
-    def _node(self, path: Path, item: object, above: Above, pending: list[_Task]) -> Node:
+    def _node(self, path: Path, value: object, above: Above, pending: list[_Task]) -> Node:
+        item = value if self._adapt is None else self._adapt(value)
         kind = type(item)
         if kind is TensorRecord:
             entry = self._tree.tensors[path] = self._tensor(path, item)  # type: ignore[arg-type]
             return entry
         if kind in _SCALARS:
             return self._object(path, _kind_of(item), item)
+        if kind is TensorEntry:
+            entry = self._tree.tensors[path] = self._placed(path, item)  # type: ignore[arg-type]
+            return entry
         if kind is ArrayRecord and item.dtype is not None and item.dtype.dtype is not None:  # type: ignore[attr-defined]
             entry = self._tree.tensors[path] = self._array(path, item)  # type: ignore[arg-type]
             return entry
@@ -112,7 +123,7 @@ class TreeBuilder:
             return self._object(path, _kind_of(item), self._inert(item))
         if opened[0] in ("list", "tuple", "set", "frozenset") and all(type(child) in _SCALARS for child in opened[2]):
             return self._object(path, opened[0], self._inert(item))
-        return self._container(path, item, opened, above, pending)
+        return self._container(path, value, opened, above, pending)
 
     def _object(self, path: Path, kind: str, value: object) -> ObjectEntry:
         entry = self._tree.objects[path] = ObjectEntry(path, kind, value)
@@ -147,6 +158,14 @@ class TreeBuilder:
             above = above[1]
 
     # ---------------------------------------------------------------- tensors
+
+    def _placed(self, path: Path, entry: TensorEntry) -> TensorEntry:
+        """A finished entry at its path."""
+        for part in (entry, *entry.parts.values()):
+            if part.view is not None:
+                self._used[part.view.storage.id] = part.view.storage
+        parts = {name: part._replace(path=(*path, name)) for name, part in entry.parts.items()}
+        return entry._replace(path=path, parts=parts or _NO_PARTS)
 
     def _tensor(self, path: Path, record: TensorRecord) -> TensorEntry:
         ref = record.storage
@@ -237,8 +256,10 @@ class TreeBuilder:
 
     def _inert(self, value: object, depth: int = 0) -> object:
         """A value with every record of the interpreter replaced by one of the manifest's."""
+        if self._adapt is not None:
+            value = self._adapt(value)
         kind = type(value)
-        if kind in _SCALARS:
+        if kind in _SCALARS or kind is TensorEntry:
             return value
         self._limits.check(
             "depth", depth * self._limits.depth // _VALUE_DEPTH, "values are nested too deeply", path=self._path
