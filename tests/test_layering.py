@@ -20,7 +20,7 @@ LEVELS = (
     {"io", "numerics"},
     {"formats"},
     {"bridge", "memory"},
-    {"checkpoint", "rules"},
+    {"checkpoint", "lazy_tensor", "rules"},
     {"ops", "runs"},
     {"torch"},
     {"__init__"},

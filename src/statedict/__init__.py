@@ -1,4 +1,4 @@
-"""Open and inspect checkpoints without running a byte of them.
+"""Open, inspect and convert checkpoints without running a byte of them.
 
     with statedict.open("model.pth") as ckpt:
         ckpt["fc1.weight"][0:2].numpy()
@@ -12,7 +12,7 @@ Importing this package imports nothing else: each name below is fetched when it 
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
-    from statedict.checkpoint import Checkpoint, LazyTensor, open
+    from statedict.checkpoint import Checkpoint, open
     from statedict.errors import (
         CorruptFile,
         FileError,
@@ -33,13 +33,16 @@ if TYPE_CHECKING:
         UnsafeContent,
         Unsupported,
     )
+    from statedict.lazy_tensor import LazyTensor
     from statedict.limits import Limits
+    from statedict.ops.convert import Conversion, convert
     from statedict.ops.inspect import Inspection, inspect
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Checkpoint",
+    "Conversion",
     "CorruptFile",
     "FileError",
     "FormatError",
@@ -62,6 +65,7 @@ __all__ = [
     "UnsafeContent",
     "Unsupported",
     "__version__",
+    "convert",
     "inspect",
     "open",
 ]
@@ -69,9 +73,11 @@ __all__ = [
 # Where each name that is no error lives. The names of errors are all in one module.
 _HOMES = {
     "Checkpoint": "statedict.checkpoint",
+    "Conversion": "statedict.ops.convert",
     "Inspection": "statedict.ops.inspect",
-    "LazyTensor": "statedict.checkpoint",
+    "LazyTensor": "statedict.lazy_tensor",
     "Limits": "statedict.limits",
+    "convert": "statedict.ops.convert",
     "inspect": "statedict.ops.inspect",
     "open": "statedict.checkpoint",
 }

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from struct import unpack
 from typing import NamedTuple, Union
 
-from statedict.dtypes import DType
+from statedict.dtypes import BY_NUMPY, DType
 from statedict.errors import CorruptFile
 from statedict.keys import Path, dotted
 from statedict.limits import DEFAULT_LIMITS, Limits
@@ -177,12 +178,26 @@ class TorchValue(NamedTuple):
         return f"torch.{self.kind}({self.value!r})"
 
 
+_STRUCT = {"F64": "<d", "F32": "<f", "F16": "<e", "BOOL": "<?", "C64": "<2f", "C128": "<2d"}
+
+
 class NumpyScalar(NamedTuple):
     """One number of numpy's: its dtype in numpy's letters, and its bytes in little-endian order."""
 
     dtype: str
     data: bytes
     value: object  # the number as Python's own, where Python has one
+
+    @classmethod
+    def of(cls, letters: str, data: bytes) -> NumpyScalar:
+        """The number in these bytes. Raises ``ValueError`` if they are not those of one number of that dtype."""
+        dtype = BY_NUMPY.get(letters)
+        if dtype is None or len(data) != dtype.itemsize:
+            raise ValueError(f"{len(data)} bytes are no number of numpy's type {letters}")
+        if dtype.kind in ("int", "uint"):
+            return cls(letters, data, int.from_bytes(data, "little", signed=dtype.kind == "int"))
+        values = unpack(_STRUCT[dtype.code], data) if dtype.code in _STRUCT else (None,)
+        return cls(letters, data, complex(*values) if len(values) == 2 else values[0])
 
     def __repr__(self) -> str:
         return f"numpy.{self.dtype}({self.value!r})"
@@ -242,8 +257,9 @@ class Manifest(NamedTuple):
     tensors: Mapping[Path, TensorEntry]
     objects: Mapping[Path, ObjectEntry]
     structure: Node
-    metadata: Mapping[str, str] = {}
+    metadata: Mapping[str, str] = {}  # the texts that its writer gave it
     notes: tuple[Finding, ...] = ()
+    container: Mapping[str, str] = {}  # what the container says of itself: version, byte order …
 
     def __repr__(self) -> str:
         return f"Manifest({self.format}, {len(self.tensors)} tensors, {len(self.objects)} objects)"

@@ -10,9 +10,9 @@ from typing import Any
 
 from statedict.errors import KeyNotFound
 from statedict.keys import Path, near, parse_escaped
-from statedict.manifest import Container, Node, ObjectEntry, TensorEntry
+from statedict.manifest import Container, Node, ObjectEntry, Opaque, TensorEntry
 
-__all__ = ["components", "find", "fold", "rebased", "walk"]
+__all__ = ["components", "every_tensor", "find", "fold", "rebased", "walk"]
 
 
 def components(keys: Sequence[object]) -> list[str | int]:
@@ -42,6 +42,29 @@ def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, TensorEntry | Obje
             pending.extend(((*here, parts[i]), node.children[i]) for i in range(len(parts) - 1, -1, -1))
         else:
             yield here, node
+
+
+def every_tensor(root: Node) -> list[TensorEntry]:
+    """The tensors of a tree in the order of the file: its leaves, and those inside attributes and inert records."""
+    found: list[TensorEntry] = []
+    pending: list[object] = [root]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, TensorEntry):
+            found.append(item)
+            pending.append(item.attributes)
+        elif isinstance(item, Container):
+            pending.append(item.attributes)
+            pending.extend(reversed(item.children))
+        elif isinstance(item, ObjectEntry):
+            pending.append(item.value)
+        elif isinstance(item, Opaque):
+            pending.extend((item.pairs, item.items, item.state, item.args))
+        elif isinstance(item, dict):
+            pending.extend(item.values())
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            pending.extend(item)
+    return found
 
 
 def find(root: Node, key: str | Path) -> Node:

@@ -19,6 +19,7 @@ FORMATS = ("text", "json", "html", "markdown")
 # Every verb, in the order of the help. The module of a verb has ``configure(parser)`` and ``run(options, console)``.
 VERBS = {
     "inspect": "show what a checkpoint holds, without running anything of it",
+    "convert": "write a checkpoint again, as .safetensors or .pth",
 }
 
 _HELP = """\
@@ -32,6 +33,7 @@ verbs:
 examples:
   statedict inspect model.pth
   statedict inspect run.ckpt --at model_state_dict --tree
+  statedict convert model.pth model.safetensors
 
 statedict VERB --help says more; statedict --version, the version.
 """

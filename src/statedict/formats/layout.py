@@ -15,7 +15,19 @@ from statedict.errors import Unsupported
 from statedict.manifest import Storage, StorageView, TensorEntry
 from statedict.views import is_dense, packed_stride, reach
 
-__all__ = ["Layout", "Place", "Target", "lay_out", "leaves"]
+__all__ = [
+    "Cluster",
+    "Layout",
+    "Place",
+    "Target",
+    "by_storage",
+    "clusters",
+    "identity",
+    "in_memory_order",
+    "lay_out",
+    "leaves",
+    "whole",
+]
 
 # The largest element is 16 bytes: a storage cut at a multiple of it suits every dtype that views it.
 _LARGEST_ELEMENT = 16
@@ -59,22 +71,29 @@ def lay_out(entries: Iterable[TensorEntry], *, keep_storages: bool = False) -> L
 
     Raises ``Unsupported`` for overlapping views of different dtypes in another byte order than this machine's.
     """
-    by_storage: dict[int, list[TensorEntry]] = {}
-    for entry in leaves(entries):
-        assert entry.view is not None
-        by_storage.setdefault(entry.view.storage.id, []).append(entry)
     layout = Layout([], {}, 0)
     saved = 0
-    for group in by_storage.values():
+    for group in by_storage(leaves(entries)):
         storage = _storage(group[0])
         first = len(layout.targets)
         if keep_storages:
-            _place_range(layout, group, 0, storage.nbytes)
+            _place_range(layout, Cluster(group, 0, storage.nbytes))
         else:
-            for cluster, low, high in _clusters(group):
-                _place_cluster(layout, cluster, low, high)
+            for cluster in clusters(group):
+                _place_cluster(layout, cluster)
         saved += max(0, storage.nbytes - sum(target.nbytes for target in layout.targets[first:]))
     return layout._replace(saved_nbytes=saved)
+
+
+def by_storage(entries: Iterable[TensorEntry]) -> list[list[TensorEntry]]:
+    """The entries that have a view, those of one storage together."""
+    groups: dict[object, list[TensorEntry]] = {}
+    for entry in entries:
+        if entry.view is not None:
+            # Storages without bytes may share a number; they share nothing else.
+            storage = entry.view.storage
+            groups.setdefault(storage.id if storage.nbytes else id(entry), []).append(entry)
+    return list(groups.values())
 
 
 def _storage(entry: TensorEntry) -> Storage:
@@ -90,62 +109,105 @@ def _span(entry: TensorEntry) -> tuple[int, int]:
     return first, entry.dtype.nbytes(view.offset + reach(entry.shape, view.stride))
 
 
-def _clusters(group: Sequence[TensorEntry]) -> list[tuple[list[TensorEntry], int, int]]:
-    """The views of one storage, those that overlap together, with the bytes that each cluster reaches."""
+class Cluster(NamedTuple):
+    """Views of one storage that overlap, directly or through others, and the bytes that they reach: from, to."""
+
+    members: list[TensorEntry]
+    low: int
+    high: int
+
+
+def clusters(group: Sequence[TensorEntry]) -> list[Cluster]:
+    """The views of one storage, those that overlap together, in the order of their first members."""
     if len(group) == 1:
-        return [([group[0]], *_span(group[0]))]
-    clusters: list[tuple[list[TensorEntry], int, int]] = []
+        return [Cluster([group[0]], *_span(group[0]))]
+    found: list[Cluster] = []
     for entry in sorted(group, key=_span):
         low, high = _span(entry)
-        if clusters and (low < clusters[-1][2] and low < high):
-            members, first, last = clusters[-1]
+        if found and low < found[-1].high and low < high:
+            members, first, last = found[-1]
             members.append(entry)
-            clusters[-1] = (members, first, max(last, high))
+            found[-1] = Cluster(members, first, max(last, high))
         else:
-            clusters.append(([entry], low, high))
+            found.append(Cluster([entry], low, high))
     # The first tensor of the file gets the first storage.
     order = {id(entry): at for at, entry in enumerate(group)}
-    return sorted(clusters, key=lambda cluster: min(order[id(entry)] for entry in cluster[0]))
+    for cluster in found:
+        cluster.members.sort(key=lambda entry: order[id(entry)])
+    return sorted(found, key=lambda cluster: order[id(cluster.members[0])])
 
 
-def _place_cluster(layout: Layout, cluster: list[TensorEntry], low: int, high: int) -> None:
-    entry = cluster[0]
+def identity(entry: TensorEntry) -> tuple[object, ...]:
+    """What two views of one storage have in common that are the same tensor."""
     view = entry.view
     assert view is not None
-    alone = all(other.view == view and other.shape == entry.shape for other in cluster)
+    return view.offset, view.stride, view.bits, entry.shape, entry.dtype.code, entry.memory_stride
+
+
+def in_memory_order(entry: TensorEntry) -> TensorEntry | None:
+    """The entry whose packed bytes are this tensor's storage in memory, without repetitions.
+
+    None where the strides in memory leave gaps or overlap: such a tensor is written packed, or as a range.
+    """
+    view = entry.view
+    assert view is not None
+    stride = entry.stride
+    order = sorted(range(len(stride)), key=lambda dim: -stride[dim])
+    shape = [1 if stride[dim] == 0 else entry.shape[dim] for dim in order]
+    if not is_dense(shape, [stride[dim] for dim in order]):
+        return None
+    view = view._replace(stride=tuple([view.stride[dim] for dim in order]))
+    return entry._replace(shape=tuple(shape), view=view, memory_stride=None)
+
+
+def _place_cluster(layout: Layout, cluster: Cluster) -> None:
+    entry = cluster.members[0]
+    view = entry.view
+    assert view is not None
+    alone = len({identity(member) for member in cluster.members}) == 1
     whole_bytes = entry.dtype.bits % 8 == 0
-    if alone and whole_bytes and not is_dense(entry.shape, view.stride) and high - low > entry.nbytes:
-        _place_packed(layout, cluster)
+    ordered = in_memory_order(entry) if alone and whole_bytes and entry.memory_stride is not None else None
+    if ordered is not None:
+        _place_packed(layout, cluster.members, ordered, entry.stride)
+    elif alone and whole_bytes and not is_dense(entry.shape, view.stride) and cluster.high - cluster.low > entry.nbytes:
+        _place_packed(layout, cluster.members, entry, packed_stride(entry.shape))
     elif not whole_bytes:
-        _place_range(layout, cluster, 0, _storage(entry).nbytes)
+        _place_range(layout, cluster._replace(low=0, high=_storage(entry).nbytes))
     else:
-        _place_range(layout, cluster, low, high)
+        _place_range(layout, cluster)
 
 
-def _place_packed(layout: Layout, cluster: list[TensorEntry]) -> None:
-    """One tensor with gaps between its elements: written without them. Its conj and neg bits are carried out."""
-    entry = cluster[0]
+def _place_packed(layout: Layout, members: list[TensorEntry], entry: TensorEntry, stride: tuple[int, ...]) -> None:
+    """One tensor whose values are written in the order of ``entry``. Its conj and neg bits are carried out."""
     layout.targets.append(Target(entry, entry.nbytes, entry.device or "cpu"))
-    place = Place(len(layout.targets) - 1, 0, packed_stride(entry.shape), "")
-    layout.places.update((id(member), place) for member in cluster)
+    place = Place(len(layout.targets) - 1, 0, stride, "")
+    layout.places.update((id(member), place) for member in members)
 
 
-def _place_range(layout: Layout, cluster: list[TensorEntry], low: int, high: int) -> None:
+def _place_range(layout: Layout, cluster: Cluster) -> None:
     """A range of the storage as it is, seen by all of the cluster."""
-    storage = _storage(cluster[0])
-    dtypes = {entry.dtype for entry in cluster}
-    if len(dtypes) > 1:
-        low -= low % _LARGEST_ELEMENT
-    dtype = _unit(storage, dtypes, cluster[0])
-    numel = (high - low) * 8 // dtype.bits
-    raw = TensorEntry(cluster[0].path, dtype, (numel,), StorageView(storage, low * 8 // dtype.bits, (1,)))
-    layout.targets.append(Target(raw, high - low, cluster[0].device or "cpu"))
+    raw, low = whole(cluster)
+    layout.targets.append(Target(raw, raw.nbytes, cluster.members[0].device or "cpu"))
     number = len(layout.targets) - 1
-    for entry in cluster:
+    for entry in cluster.members:
         view = entry.view
         assert view is not None
         offset = view.offset - low * 8 // entry.dtype.bits if entry.numel else 0
         layout.places[id(entry)] = Place(number, offset, view.stride, view.bits)
+
+
+def whole(cluster: Cluster) -> tuple[TensorEntry, int]:
+    """The cluster's bytes as one flat tensor, and where they begin in the storage, suited to every dtype that views them.
+
+    Raises ``Unsupported`` for overlapping views of different dtypes in another byte order than this machine's.
+    """
+    storage = _storage(cluster.members[0])
+    dtypes = {entry.dtype for entry in cluster.members}
+    low = cluster.low - cluster.low % _LARGEST_ELEMENT if len(dtypes) > 1 else cluster.low
+    dtype = _unit(storage, dtypes, cluster.members[0])
+    numel = (cluster.high - low) * 8 // dtype.bits
+    view = StorageView(storage, low * 8 // dtype.bits, (1,))
+    return TensorEntry(cluster.members[0].path, dtype, (numel,), view), low
 
 
 def _unit(storage: Storage, dtypes: set[DType], entry: TensorEntry) -> DType:

@@ -257,8 +257,12 @@ class PickleWriter:
             for item in sorted(value, key=repr) if kind is set else value:  # type: ignore[call-overload, union-attr]
                 self._value(item)
             self._op(b"e\x85R" if kind is set else b"e")
-        elif kind is dict:
-            self._op(b"}(")
+        elif kind is dict or kind.__name__ == "OrderedDict":
+            if kind is dict:
+                self._op(b"}")
+            else:
+                self._call("collections", "OrderedDict", b")")
+            self._op(b"(")
             for key, item in value.items():  # type: ignore[attr-defined]
                 self._value(key)
                 self._value(item)

@@ -10,29 +10,28 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from typing import NoReturn
+from itertools import repeat
 
-from statedict.errors import CorruptFile, StateDictError
-from statedict.formats.constructors import CONSTANTS, CONSTRUCTORS, apply_state
-from statedict.formats.records import Blob, Builder, Global, Unfit
+from statedict.errors import LimitExceeded, StateDictError
+from statedict.formats.constructors import CONSTANTS, CONSTRUCTORS, COPYING, apply_state
+from statedict.formats.pickle_keys import KeyGuard
+from statedict.formats.pickle_literals import Literals
+from statedict.formats.records import Builder, Global, Unfit
 from statedict.io.ranges import File
 from statedict.limits import DEFAULT_LIMITS, Limits
 from statedict.manifest import Opaque
 
 __all__ = ["Machine"]
 
-# How much of a file is read at a time. Larger than any state dict's pickle of a few thousand tensors.
-_WINDOW = 1024 * 1024
-# A byte string of a file that is at least this long stays in the file.
-_BLOB_NBYTES = 64 * 1024
-# The longest line of a protocol-0 instruction that is waited for.
-_LINE_NBYTES = 64 * 1024
-# The fixed arguments of any instruction fit in this many bytes.
-_MARGIN = 9
 _TOO_SHORT = "the pickle ends in the middle of an instruction"
+# Memo entries are numbered from 0; the wide instruction has room for no more than this.
+_MOST_MEMO = 2**32
+# Elements that constructors may copy out of what the pickle holds, and how many more for every byte of it.
+_FREE_COPIES = 1_000_000
+_COPIES_PER_BYTE = 16
 
 
-class Machine:
+class Machine(Literals):
     """One run of one pickle stream of a file.
 
     ``persistent`` gives the value for a persistent id, ``extra`` are constructors of one format only. With ``keep_blobs``,
@@ -50,26 +49,16 @@ class Machine:
         limits: Limits = DEFAULT_LIMITS,
         keep_blobs: bool = False,
     ) -> None:
-        self.file = file
-        self.limits = limits
+        super().__init__(file, offset, limits, keep_blobs)
         self.globals: dict[tuple[str, str], Global] = {}
         self._persistent = persistent
         self._constructors = {**CONSTRUCTORS, **extra} if extra else CONSTRUCTORS
-        self._keep_blobs = keep_blobs
-        self._base = offset  # where the window begins in the file
-        self._read = 0  # bytes interpreted so far, without the window's
-        self._data = b""
-        self._pos = 0
-        self._stack: list[object] = []
+        self._keys = KeyGuard()
+        self._copies = 0
         self._marks: list[int] = []
         self._floor = 0
         self._memo: dict[int, object] = {}
         self._cold: dict[int, Callable[[], None]] = {op: getattr(self, name) for op, name in _COLD.items()}
-
-    @property
-    def offset(self) -> int:
-        """Where the next instruction lies, in bytes from the start of the file."""
-        return self._base + self._pos
 
     def run(self) -> object:
         """The value that the stream builds, made of inert records.
@@ -93,63 +82,7 @@ class Machine:
         except (ValueError, TypeError, OverflowError, UnicodeError, struct.error) as error:
             raise self._bad(f"a pickle instruction can't be carried out ({type(error).__name__})") from error
 
-    def _bad(self, what: str) -> CorruptFile:
-        return CorruptFile(
-            what, path=self.file.path, offset=self.offset, hint="The file is damaged: download or copy it again"
-        )
-
-    def _fail(self, what: str) -> NoReturn:
-        raise self._bad(what)
-
-    # ---------------------------------------------------------------- the window
-
-    def _refill(self, need: int = _MARGIN) -> None:
-        """Bring at least ``need`` bytes from the current position into the window, or all that the file has."""
-        rest = self._data[self._pos :]
-        self._read += self._pos
-        self._base += self._pos
-        self._pos = 0
-        start = self._base + len(rest)
-        count = min(max(_WINDOW, need - len(rest)), self.file.nbytes - start)
-        self.limits.check("pickle_bytes", self._read + len(rest), "a pickle stream is too long")
-        self._data = rest + self.file.read(start, count) if count > 0 else rest
-
-    def _take(self, nbytes: int) -> bytes:
-        """That many bytes at the current position, which moves on. Their number is checked before they are read."""
-        if nbytes < 0 or self.offset + nbytes > self.file.nbytes:
-            self._fail(
-                f"a pickle instruction claims {nbytes} bytes, the file has {self.file.nbytes - self.offset} left"
-            )
-        if self._pos + nbytes > len(self._data):
-            self.limits.check("pickle_bytes", self._read + nbytes, "a pickle stream is too long")
-            self._refill(nbytes)
-        data = self._data[self._pos : self._pos + nbytes]
-        self._pos += nbytes
-        return data
-
-    def _number(self, nbytes: int) -> int:
-        return int.from_bytes(self._take(nbytes), "little")
-
-    def _line(self) -> bytes:
-        end = self._data.find(b"\n", self._pos)
-        if end < 0:
-            self._refill(_LINE_NBYTES)
-            end = self._data.find(b"\n", self._pos)
-        if end < 0:
-            self._fail("a line of the pickle has no end")
-        line = self._data[self._pos : end]
-        self._pos = end + 1
-        return line
-
     # ---------------------------------------------------------------- the loop
-
-    def _guard(self) -> int:
-        """The last position at which an instruction's fixed arguments are surely in the window.
-
-        At the end of the file there is nothing to wait for: the index runs out there.
-        """
-        rest = self._base + len(self._data) < self.file.nbytes
-        return len(self._data) - _MARGIN if rest else len(self._data)
 
     def _loop(self) -> object:
         """Run to STOP. The instructions of a state dict are carried out here, the rare ones by the table.
@@ -162,87 +95,93 @@ class Machine:
         push = stack.append
         data, pos, floor = self._data, self._pos, self._floor
         guard = self._guard()
-        while True:
-            if pos > guard:
-                self._pos = pos
-                self._refill()
-                data, pos = self._data, 0
-                guard = self._guard()
-            op = data[pos]
-            pos += 1
-            if op == 0x72 or op == 0x71:  # LONG_BINPUT, BINPUT
-                if len(stack) == floor:
-                    raise IndexError
-                if op == 0x71:
-                    memo[data[pos]] = stack[-1]
-                    pos += 1
-                else:
-                    memo[int.from_bytes(data[pos : pos + 4], "little")] = stack[-1]
-                    pos += 4
-            elif op == 0x4B:  # BININT1
-                push(data[pos])
-                pos += 1
-            elif op == 0x68:  # BINGET
-                push(memo[data[pos]])
-                pos += 1
-            elif op == 0x28:  # MARK
-                floor = len(stack)
-                marks.append(floor)
-            elif op == 0x58:  # BINUNICODE
-                end = pos + 4 + int.from_bytes(data[pos : pos + 4], "little")
-                if end <= len(data):
-                    push(data[pos + 4 : end].decode("utf-8", "surrogatepass"))
-                    pos = end
-                else:
+        try:
+            for _ in repeat(None, self.limits.opcodes):
+                if pos > guard:
                     self._pos = pos
-                    self._op_binunicode()
-                    data, pos = self._data, self._pos
+                    self._refill()
+                    data, pos = self._data, 0
                     guard = self._guard()
-            elif op == 0x52:  # REDUCE
-                if len(stack) - 2 < floor:
-                    raise IndexError
-                args = stack.pop()
-                self._pos = pos
-                stack[-1] = self._call(stack[-1], args)
-            elif op == 0x74:  # TUPLE
-                items = tuple(stack[floor:])
-                if not marks:
-                    raise IndexError
-                del stack[floor:]
-                marks.pop()
-                floor = marks[-1] if marks else 0
-                push(items)
-            elif op == 0x86 or op == 0x85 or op == 0x87:  # TUPLE2, TUPLE1, TUPLE3
-                count = op - 0x84
-                if len(stack) - count < floor:
-                    raise IndexError
-                items = tuple(stack[-count:])
-                del stack[-count:]
-                push(items)
-            elif op == 0x51:  # BINPERSID
-                if len(stack) == floor:
-                    raise IndexError
-                self._pos = pos
-                stack[-1] = self._persistent(stack[-1])
-            elif op == 0x29:  # EMPTY_TUPLE
-                push(())
-            elif op == 0x89:  # NEWFALSE
-                push(False)
-            elif op == 0x2E:  # STOP
-                self._pos = pos
-                if marks or len(stack) != 1:
-                    self._fail("the pickle stops with unfinished work on its stack")
-                return stack.pop()
-            else:
-                self._pos, self._floor = pos, floor
-                handler = self._cold.get(op)
-                if handler is None:
-                    self._fail(f"byte 0x{op:02x} is no pickle instruction")
-                handler()
-                if data is not self._data:
-                    data = self._data
-                    guard = self._guard()
-                pos, floor = self._pos, self._floor
+                op = data[pos]
+                pos += 1
+                if op == 0x72 or op == 0x71:  # LONG_BINPUT, BINPUT
+                    if len(stack) == floor:
+                        raise IndexError
+                    if op == 0x71:
+                        memo[data[pos]] = stack[-1]
+                        pos += 1
+                    else:
+                        memo[int.from_bytes(data[pos : pos + 4], "little")] = stack[-1]
+                        pos += 4
+                elif op == 0x4B:  # BININT1
+                    push(data[pos])
+                    pos += 1
+                elif op == 0x68:  # BINGET
+                    push(memo[data[pos]])
+                    pos += 1
+                elif op == 0x28:  # MARK
+                    floor = len(stack)
+                    marks.append(floor)
+                elif op == 0x58:  # BINUNICODE
+                    end = pos + 4 + int.from_bytes(data[pos : pos + 4], "little")
+                    if end <= len(data):
+                        push(data[pos + 4 : end].decode("utf-8", "surrogatepass"))
+                        pos = end
+                    else:
+                        self._pos = pos
+                        self._op_binunicode()
+                        data, pos = self._data, self._pos
+                        guard = self._guard()
+                elif op == 0x52:  # REDUCE
+                    if len(stack) - 2 < floor:
+                        raise IndexError
+                    args = stack.pop()
+                    self._pos = pos
+                    stack[-1] = self._call(stack[-1], args)
+                elif op == 0x74:  # TUPLE
+                    items = tuple(stack[floor:])
+                    if not marks:
+                        raise IndexError
+                    del stack[floor:]
+                    marks.pop()
+                    floor = marks[-1] if marks else 0
+                    push(items)
+                elif op == 0x86 or op == 0x85 or op == 0x87:  # TUPLE2, TUPLE1, TUPLE3
+                    count = op - 0x84
+                    if len(stack) - count < floor:
+                        raise IndexError
+                    items = tuple(stack[-count:])
+                    del stack[-count:]
+                    push(items)
+                elif op == 0x51:  # BINPERSID
+                    if len(stack) == floor:
+                        raise IndexError
+                    self._pos = pos
+                    stack[-1] = self._persistent(stack[-1])
+                elif op == 0x29:  # EMPTY_TUPLE
+                    push(())
+                elif op == 0x89:  # NEWFALSE
+                    push(False)
+                elif op == 0x2E:  # STOP
+                    self._pos = pos
+                    if marks or len(stack) != 1:
+                        self._fail("the pickle stops with unfinished work on its stack")
+                    return stack.pop()
+                else:
+                    self._pos, self._floor = pos, floor
+                    handler = self._cold.get(op)
+                    if handler is None:
+                        self._fail(f"byte 0x{op:02x} is no pickle instruction")
+                    handler()
+                    if data is not self._data:
+                        data = self._data
+                        guard = self._guard()
+                    pos, floor = self._pos, self._floor
+        except BaseException:
+            if data is self._data:
+                self._pos = max(pos, self._pos)
+            raise
+        raise LimitExceeded("a pickle has too many instructions", limit="opcodes", most=self.limits.opcodes)
 
     # ---------------------------------------------------------------- stack
 
@@ -283,126 +222,16 @@ class Machine:
         self._memo[len(self._memo)] = self._top()
 
     def _op_put(self) -> None:
-        self._memo[self._text_number()] = self._top()
+        index = self._text_number()
+        if not 0 <= index < _MOST_MEMO:
+            self._fail("the number of a memo entry is out of range")
+        self._memo[index] = self._top()
 
     def _op_get(self) -> None:
         self._stack.append(self._memo[self._text_number()])
 
     def _op_long_binget(self) -> None:
         self._stack.append(self._memo[self._number(4)])
-
-    # ---------------------------------------------------------------- numbers and constants
-
-    def _text_number(self, line: bytes | None = None) -> int:
-        line = self._line() if line is None else line
-        self.limits.check("integer_bytes", len(line) // 2, "an integer of the pickle is too long")
-        digits = line[1:] if line[:1] in b"+-" else line
-        if not digits.isdigit():
-            self._fail("a line of the pickle should be a number")
-        return int(line)
-
-    def _op_int(self) -> None:
-        line = self._line()
-        self._stack.append({b"00": False, b"01": True}[line] if line in (b"00", b"01") else self._text_number(line))
-
-    def _op_long(self) -> None:
-        line = self._line()
-        self._stack.append(self._text_number(line[:-1] if line[-1:] == b"L" else line))
-
-    def _op_float(self) -> None:
-        line = self._line()
-        if len(line) > 100:
-            self._fail("a line of the pickle should be a number")
-        self._stack.append(float(line))
-
-    def _op_binfloat(self) -> None:
-        self._stack.append(struct.unpack(">d", self._take(8))[0])
-
-    def _op_binint(self) -> None:
-        self._stack.append(int.from_bytes(self._take(4), "little", signed=True))
-
-    def _op_binint2(self) -> None:
-        self._stack.append(self._number(2))
-
-    def _long(self, nbytes: int) -> None:
-        self.limits.check("integer_bytes", nbytes, "an integer of the pickle is too long")
-        self._stack.append(int.from_bytes(self._take(nbytes), "little", signed=True))
-
-    def _op_long1(self) -> None:
-        self._long(self._number(1))
-
-    def _op_long4(self) -> None:
-        self._long(int.from_bytes(self._take(4), "little", signed=True))
-
-    def _op_none(self) -> None:
-        self._stack.append(None)
-
-    def _op_newtrue(self) -> None:
-        self._stack.append(True)
-
-    # ---------------------------------------------------------------- texts and bytes
-
-    def _text(self, nbytes: int) -> None:
-        self._stack.append(self._take(nbytes).decode("utf-8", "surrogatepass"))
-
-    def _op_binunicode(self) -> None:
-        self._text(self._number(4))
-
-    def _op_short_binunicode(self) -> None:
-        self._text(self._number(1))
-
-    def _op_binunicode8(self) -> None:
-        self._text(self._number(8))
-
-    def _op_unicode(self) -> None:
-        self._stack.append(self._line().decode("raw-unicode-escape"))
-
-    def _python2_text(self, raw: bytes) -> None:
-        # Python 2 had one type for both. torch.load decodes it as UTF-8; what isn't UTF-8 stays bytes.
-        try:
-            self._stack.append(raw.decode("utf-8"))
-        except UnicodeDecodeError:
-            self._stack.append(raw)
-
-    def _op_string(self) -> None:
-        line = self._line()
-        if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in b"\"'":
-            self._fail("a text of the pickle has no quotes")
-        import codecs
-
-        self._python2_text(codecs.escape_decode(line[1:-1])[0])
-
-    def _op_binstring(self) -> None:
-        self._python2_text(self._take(int.from_bytes(self._take(4), "little", signed=True)))
-
-    def _op_short_binstring(self) -> None:
-        self._python2_text(self._take(self._number(1)))
-
-    def _bytes(self, nbytes: int) -> bytes | Blob:
-        if not self._keep_blobs or nbytes < _BLOB_NBYTES:
-            return self._take(nbytes)
-        blob = Blob(self.offset, nbytes)
-        if nbytes > self.file.nbytes - blob.offset:
-            self._fail(
-                f"a pickle instruction claims {nbytes} bytes, the file has {self.file.nbytes - blob.offset} left"
-            )
-        self._read += self._pos
-        self._base, self._pos, self._data = blob.offset + nbytes, 0, b""
-        self._refill()
-        return blob
-
-    def _op_binbytes(self) -> None:
-        self._stack.append(self._bytes(self._number(4)))
-
-    def _op_short_binbytes(self) -> None:
-        self._stack.append(self._take(self._number(1)))
-
-    def _op_binbytes8(self) -> None:
-        self._stack.append(self._bytes(self._number(8)))
-
-    def _op_bytearray8(self) -> None:
-        data = self._bytes(self._number(8))
-        self._stack.append(data if isinstance(data, Blob) else bytearray(data))
 
     def _op_next_buffer(self) -> None:
         self._fail("the pickle's arrays are in buffers outside this file")
@@ -430,7 +259,8 @@ class Machine:
         self._set_items(items)
 
     def _op_frozenset(self) -> None:
-        self._stack.append(frozenset(self._hashable(item) for item in self._pop_mark()))
+        items = self._pop_mark()
+        self._stack.append(frozenset(self._keys.checked(items, item, self._done) for item in items))
 
     def _op_append(self) -> None:
         item = self._pop()
@@ -453,7 +283,7 @@ class Machine:
         target = self._top()
         if not isinstance(target, set):
             self._fail(f"the pickle adds to {type(target).__name__}, which is no set")
-        target.update(self._hashable(item) for item in items)
+        target.update(self._keys.checked(target, item, self._done) for item in items)
 
     def _op_setitem(self) -> None:
         value, key = self._pop(), self._pop()
@@ -469,25 +299,13 @@ class Machine:
         if isinstance(target, dict):
             for at in range(0, len(items), 2):
                 key = items[at]
-                target[key if type(key) is str else self._hashable(key)] = items[at + 1]
+                if type(key) is not str:
+                    self._keys.checked(target, key, self._done)
+                target[key] = items[at + 1]
         elif isinstance(target, Opaque):
             target.pairs.extend(zip(items[::2], items[1::2]))
         else:
             self._fail(f"the pickle sets an item of {type(target).__name__}, which is no mapping")
-
-    def _hashable(self, key: object) -> object:
-        """The key, if hashing it takes bounded time: a tuple of tuples can hold one value 2**60 times over."""
-        pending, seen = [(key, 0)], 0
-        while pending:
-            item, depth = pending.pop()
-            seen += 1
-            if seen > 1000 or depth > 16:
-                self._fail("a key of a mapping is nested too deeply")
-            if isinstance(item, tuple):
-                pending.extend((part, depth + 1) for part in item)
-            elif isinstance(item, (list, dict, set, bytearray)):
-                self._fail(f"the pickle uses {type(item).__name__} as a key")
-        return key
 
     # ---------------------------------------------------------------- names and objects
 
@@ -496,7 +314,8 @@ class Machine:
             self._fail("a name that the pickle looks up is no text")
         found = self.globals.get((module, name))
         if found is None:
-            found = Global(module, name, self.offset, self._constructors.get((module, name)))
+            build = self._constructors.get((module, name))
+            found = Global(module, name, self.offset, build, (module, name) in COPYING)
             self.globals[module, name] = found
         self._stack.append(CONSTANTS.get((module, name), found))
 
@@ -524,10 +343,10 @@ class Machine:
 
     def _op_newobj_ex(self) -> None:
         kwargs, args, cls = self._pop(), self._pop(), self._pop()
-        made = self._call(cls, args)
-        if kwargs and isinstance(made, Opaque):
-            made.args = (args, kwargs)
-        self._stack.append(made)
+        if kwargs and isinstance(cls, Global):
+            self._stack.append(Opaque(cls.module, cls.name, (args, kwargs)))
+        else:
+            self._stack.append(self._call(cls, args))
 
     def _extension(self, code: int) -> None:
         self._stack.append(Opaque("copyreg", f"extension_{code}"))
@@ -545,6 +364,8 @@ class Machine:
         """What a call gives: our own constructor's value, or a record of the call."""
         if isinstance(function, Global):
             if function.build is not None and isinstance(args, tuple):
+                if function.copies:
+                    self._weigh(function, args)
                 try:
                     return function.build(args)
                 except Unfit:
@@ -553,11 +374,24 @@ class Machine:
         # A thing that was itself built is called: shown as such, whatever it is.
         return Opaque("builtins", "call", (function, args))
 
+    def _weigh(self, function: Global, args: tuple[object, ...]) -> None:
+        """Refuse a pickle that has a few long values copied again and again, or looked up among keys chosen for it."""
+        self._spend(sum(len(arg) for arg in args if isinstance(arg, _SIZED)))
+        for key in COPYING[function.module, function.name](args):
+            self._keys.checked(args, key, self._done)
+
+    def _spend(self, count: int) -> None:
+        self._copies += count
+        if self._copies > _FREE_COPIES + _COPIES_PER_BYTE * self._done:
+            self._fail("the pickle copies the same values without end")
+
     def _op_persid(self) -> None:
         self._stack.append(self._persistent(self._line().decode("utf-8")))
 
     def _op_build(self) -> None:
         state = self._pop()
+        if isinstance(state, _SIZED):
+            self._spend(sum(len(part) for part in state if isinstance(part, dict)) if type(state) is tuple else len(state))
         target = self._top()
         self._stack[-1] = apply_state(target, state)
 
@@ -567,13 +401,10 @@ class Machine:
             self._fail(f"the pickle is of protocol {version}, which doesn't exist")
 
     def _op_frame(self) -> None:
-        nbytes = self._number(8)
-        if nbytes > self.file.nbytes - self.offset:
-            self._fail(
-                f"a frame of the pickle claims {nbytes} bytes, the file has {self.file.nbytes - self.offset} left"
-            )
+        self._claim(self._number(8), "a frame of the pickle")
 
 
+_SIZED = (str, bytes, bytearray, list, tuple, dict, set, frozenset)
 _COLD = {
     0x30: "_op_pop", 0x31: "_op_pop_mark", 0x32: "_op_dup", 0x94: "_op_memoize", 0x70: "_op_put", 0x67: "_op_get",
     0x6A: "_op_long_binget", 0x49: "_op_int", 0x4C: "_op_long", 0x46: "_op_float", 0x47: "_op_binfloat",

@@ -21,6 +21,7 @@ __all__ = [
     "StorageRef",
     "TensorRecord",
     "Unfit",
+    "shown",
 ]
 
 
@@ -32,19 +33,32 @@ class Unfit(Exception):
     """Arguments that a constructor doesn't understand: the object becomes an opaque record."""
 
 
+def shown(value: object) -> str:
+    """A value of a file for a message: a number or short text as it is, else its type.
+
+    Never walks a container: one of a few bytes may hold another 2**60 times over, or be 100,000 deep.
+    """
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    if isinstance(value, (str, bytes)):
+        return repr(value[:100])
+    return value.type if isinstance(value, Global) else f"a {type(value).__name__}"
+
+
 Builder = Callable[[tuple[object, ...]], object]
 
 
 class Global:
     """A name that the pickle looks up: a class or a function. Nothing is imported; ``build`` is our own, if any."""
 
-    __slots__ = ("build", "module", "name", "offset")
+    __slots__ = ("build", "copies", "module", "name", "offset")
 
-    def __init__(self, module: str, name: str, offset: int, build: Builder | None) -> None:
+    def __init__(self, module: str, name: str, offset: int, build: Builder | None, copies: bool = False) -> None:
         self.module = module
         self.name = name
         self.offset = offset  # of the instruction, in the pickle's own file
         self.build = build
+        self.copies = copies  # `build` takes as long as its arguments are
 
     @property
     def type(self) -> str:
@@ -70,10 +84,15 @@ class StorageRef:
     def __init__(self, key: str, dtype: DType, numel: int, device: str, view_offset: int = 0) -> None:
         self.key = key
         self.dtype = dtype
-        self.numel = numel
+        self.numel = numel  # elements; bytes where an element is smaller than one
         self.device = device
         self.view_offset = view_offset  # elements into the root storage (torch 0.3 and before)
         self.data: bytes | Blob | None = None  # set where the bytes are inside the pickle
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage. Where an element is smaller than a byte, torch's storages count bytes."""
+        return self.numel * (self.dtype.itemsize or 1)
 
     def __repr__(self) -> str:
         return f"StorageRef({self.key!r}, {self.dtype} ×{self.numel})"

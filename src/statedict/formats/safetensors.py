@@ -1,21 +1,22 @@
 """The safetensors format: [0, 8) header length n, u64 LE · [8, 8+n) JSON · the tensors' bytes.
 
-Offsets in the header are relative to 8+n. Source: the README of safetensors, "Format", and its ``tensor.rs``.
+Offsets in the header are relative to 8+n. Source: the README of safetensors, "Format", and its ``tensor.rs``. What this
+program notes in ``__metadata__`` beside the tensors is in ``safetensors_notes.py``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
 from statedict.dtypes import BY_CODE
 from statedict.errors import CorruptFile
 from statedict.io.ranges import File
-from statedict.keys import Path
+from statedict.keys import Path, dotted
 from statedict.limits import DEFAULT_LIMITS, Limits
-from statedict.manifest import Container, Extent, FileFact, Manifest, Storage, StorageView, TensorEntry
+from statedict.manifest import Container, Extent, FileFact, Finding, Manifest, Storage, StorageView, TensorEntry
 from statedict.views import packed_stride
 
 __all__ = ["read_manifest"]
@@ -37,9 +38,9 @@ def read_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS) -> Man
     tensors: dict[Path, TensorEntry] = {}
     for number, (name, info) in enumerate(header.items()):
         tensors[(name,)] = _tensor(file, number, name, info, start)
-    _check_ranges(file, list(tensors.values()), start)
     entries = list(tensors.values())
-    return Manifest(
+    _check_ranges(file, entries, start)
+    manifest = Manifest(
         "safetensors",
         (FileFact(file.path, file.nbytes),),
         tuple(entry.view.storage for entry in entries if entry.view is not None),
@@ -47,6 +48,32 @@ def read_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS) -> Man
         {},
         Container("dict", list(header), entries),
         metadata,
+    )
+    return manifest if "statedict" not in metadata else _noted(manifest, header, limits)
+
+
+def _noted(manifest: Manifest, header: Mapping[str, Any], limits: Limits) -> Manifest:
+    """The manifest as its notes describe it; as it was, with a finding, where they are about another file."""
+    from statedict.formats.safetensors_notes import UnfitNotes, apply_notes
+
+    metadata = dict(manifest.metadata)
+    text = metadata.pop("statedict")
+    codes = {name: (str(info["dtype"]), tuple(info["shape"])) for name, info in header.items()}
+    entries = {str(entry.path[0]): entry for entry in manifest.tensors.values()}
+    try:
+        tree = apply_notes(text, codes, entries, limits, manifest.files[0].path)
+    except UnfitNotes as error:
+        message = f"statedict's notes in the metadata are left aside: {error}. Shown are the tensors of the header"
+        return manifest._replace(metadata=metadata, notes=(Finding("stale-notes", "warning", message),))
+    aliases = {dotted(path) for path in tree.tensors} - set(header)
+    metadata = {key: value for key, value in metadata.items() if key not in aliases}
+    return manifest._replace(
+        storages=tuple(tree.storages),
+        tensors=tree.tensors,
+        objects=tree.objects,
+        structure=tree.root,
+        metadata=metadata,
+        notes=tuple(tree.notes),
     )
 
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from statedict.errors import CorruptFile
-from statedict.formats.value_tree import TreeBuilder
 from statedict.formats.pickles import Machine
-from statedict.formats.records import Blob, Global, StorageRef, Unfit
-from statedict.formats.torch_zip import storage_ref
+from statedict.formats.records import Blob, Global, StorageRef, Unfit, shown
+from statedict.formats.torch_zip import name_of, storage_ref
+from statedict.formats.value_tree import TreeBuilder
 from statedict.io.ranges import File, MemoryFile, Slice
 from statedict.limits import DEFAULT_LIMITS, Limits
 from statedict.manifest import Extent, FileFact, Finding, Manifest, Storage
@@ -54,7 +54,7 @@ class _Stream:
             found = self.next()
             if found != wanted:
                 raise CorruptFile(
-                    f"the {name} of the stream is wrong", path=self.file.path, expected=wanted, found=found
+                    f"the {name} of the stream is wrong", path=self.file.path, expected=wanted, found=shown(found)
                 )
         info = self.next()
         return info if isinstance(info, dict) else {}
@@ -70,8 +70,8 @@ class _Stream:
         root = self.refs.setdefault(ref.key, ref)
         if view is None:
             return root
-        if not isinstance(view, tuple) or len(view) != 3 or type(view[1]) is not int or view[1] < 0:
-            raise CorruptFile(f"storage '{ref.key}' is seen through a view that can't be", found=repr(view))
+        if not isinstance(view, tuple) or len(view) != 3 or type(view[1]) is not int or not 0 <= view[1] < 2**63:
+            raise CorruptFile(f"storage '{ref.key}' is seen through a view that can't be", found=shown(view))
         return StorageRef(ref.key, ref.dtype, ref.numel, ref.device, view[1])
 
     def storages(self) -> dict[str, Storage]:
@@ -81,7 +81,7 @@ class _Stream:
             raise CorruptFile("the list of storages is none", path=self.file.path, offset=self.offset, hint=_DAMAGED)
         found: dict[str, Storage] = {}
         for number, key in enumerate(keys):
-            name = key.decode("latin-1") if isinstance(key, bytes) else str(key)
+            name = name_of(key)
             ref = self.refs.get(name)
             if ref is None or name in found:
                 what = "twice" if ref is not None else "but no tensor uses it"
@@ -98,7 +98,7 @@ class _Stream:
                     found=numel,
                     hint=_DAMAGED,
                 )
-            nbytes = ref.dtype.nbytes(numel)
+            nbytes = ref.nbytes
             if self.offset + 8 + nbytes > self.file.nbytes:
                 raise CorruptFile(
                     f"the file ends inside storage '{name}'",
@@ -137,14 +137,15 @@ def read_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS) -> Man
         tree.tensors,
         tree.objects,
         tree.root,
-        {str(key): str(value) for key, value in info.items() if type(value) in (int, bool)},
+        {},
         (*notes, *_trailing(file, stream.offset)),
+        {str(key): str(value) for key, value in info.items() if type(value) in (int, bool)},
     )
 
 
 def _storage(file: File, ref: StorageRef, storages: dict[str, Storage]) -> Storage:
     storage = storages.get(ref.key)
-    if storage is not None and storage.nbytes >= ref.dtype.nbytes(ref.numel):
+    if storage is not None and storage.nbytes >= ref.nbytes:
         return storage
     if ref.numel == 0 or ref.device == "meta":
         return Storage(-1, 0, None, b"", "little", None, ref.key)
@@ -186,7 +187,7 @@ def read_pickle_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS)
 
 def _refuse(pid: object) -> object:
     raise CorruptFile(
-        "the pickle names a value outside itself (a persistent id), and there is none", found=repr(pid)[:100]
+        "the pickle names a value outside itself (a persistent id), and there is none", found=shown(pid)
     )
 
 

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from typing import cast
 
 from statedict.errors import CorruptFile
-from statedict.formats.constructors import storage_dtype
-from statedict.formats.value_tree import TreeBuilder
 from statedict.formats.pickles import Machine
-from statedict.formats.records import Global, StorageRef, TensorRecord
+from statedict.formats.records import Global, StorageRef, TensorRecord, shown
+from statedict.formats.tensor_constructors import storage_dtype
+from statedict.formats.torch_zip import name_of
+from statedict.formats.value_tree import TreeBuilder
 from statedict.io.ranges import File, Slice
 from statedict.limits import DEFAULT_LIMITS, Limits
 from statedict.manifest import Extent, FileFact, Manifest, Storage
@@ -97,12 +98,13 @@ def read_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS) -> Man
 
     def persistent(pid: object) -> object:
         if isinstance(pid, tuple):
-            if pid and isinstance(pid[0], Global):
-                sources[pid[0].type] = str(pid[-1])
+            if pid and isinstance(pid[0], Global) and isinstance(pid[-1], str):
+                sources[pid[0].type] = pid[-1]
             return pid[0] if pid else None
-        found = tensors.get(str(pid)) or refs.get(str(pid))
+        name = name_of(pid)
+        found = tensors.get(name) or refs.get(name)
         if found is None:
-            raise CorruptFile(f"there is no tensor '{pid}'", hint=_DAMAGED)
+            raise CorruptFile(f"there is no tensor '{name}'", hint=_DAMAGED)
         return found
 
     value = Machine(parts["pickle"][0], persistent=persistent, limits=limits).run()
@@ -139,18 +141,16 @@ class _Storages:
                 raise CorruptFile(
                     "a storage is described wrongly", path=self._file.path, offset=self._offset, hint=_DAMAGED
                 )
-            key, device = str(facts[0]), facts[1]
+            key, device = name_of(facts[0]), name_of(facts[1])
             numel = int.from_bytes(self._file.read(self._offset, 8), "little", signed=True)
-            nbytes = dtype.nbytes(max(numel, 0))
+            refs[key] = StorageRef(key, dtype, numel, device)
+            nbytes = refs[key].nbytes
             if numel < 0 or self._offset + 8 + nbytes > self._file.nbytes:
                 raise CorruptFile(
                     f"storage '{key}' has no proper length", path=self._file.path, offset=self._offset, found=numel
                 )
             extent = Extent(0, self._base + self._offset + 8, nbytes)
             storages[key] = Storage(number, nbytes, extent, None, "little", None, key)
-            refs[key] = StorageRef(
-                key, dtype, numel, device.decode("latin-1") if isinstance(device, bytes) else str(device)
-            )
             self._offset += 8 + nbytes
         self._read_views(refs)
         return storages, refs
@@ -158,24 +158,22 @@ class _Storages:
     def _read_views(self, refs: dict[str, StorageRef]) -> None:
         views = self._next()
         for view in views if isinstance(views, (list, tuple)) else ():
-            if not isinstance(view, (list, tuple)) or len(view) != 4 or str(view[1]) not in refs:
+            target, root, offset, numel = view if isinstance(view, (list, tuple)) and len(view) == 4 else (None,) * 4
+            base = refs.get(name_of(root)) if root is not None else None
+            if base is None or type(offset) is not int or type(numel) is not int or offset < 0 or numel < 0:
                 raise CorruptFile("a view of a storage is described wrongly", path=self._file.path, offset=self._offset)
-            target, root, offset, numel = view
-            base = refs[str(root)]
-            if type(offset) is not int or type(numel) is not int or offset < 0 or numel < 0:
-                raise CorruptFile("a view of a storage is described wrongly", path=self._file.path, offset=self._offset)
-            refs[str(target)] = StorageRef(base.key, base.dtype, numel, base.device, base.view_offset + offset)
+            refs[name_of(target)] = StorageRef(base.key, base.dtype, numel, base.device, base.view_offset + offset)
 
 
 def _none(pid: object) -> object:
-    raise CorruptFile("a persistent id stands where none can be", found=repr(pid)[:100])
+    raise CorruptFile("a persistent id stands where none can be", found=shown(pid))
 
 
 def _count(value: object, file: File) -> int:
     """A number of records, each of which takes at least one byte."""
     if type(value) is not int or not 0 <= value <= file.nbytes:
         raise CorruptFile(
-            "a member begins with no proper count", path=file.path, found=repr(value)[:100], hint=_DAMAGED
+            "a member begins with no proper count", path=file.path, found=shown(value), hint=_DAMAGED
         )
     return value
 
@@ -191,7 +189,7 @@ def _read_tensors(file: File, refs: dict[str, StorageRef], limits: Limits) -> di
         offset = machine.offset
         if not isinstance(facts, tuple) or len(facts) != 3:
             raise CorruptFile("a tensor is described wrongly", path=file.path, offset=offset, hint=_DAMAGED)
-        key, storage_key, _ = facts
+        key, storage_key = name_of(facts[0]), name_of(facts[1])
         ndim = int.from_bytes(file.read(offset, 4), "little", signed=True)
         if ndim < 0 or offset + 8 + 16 * ndim + 8 > file.nbytes:
             raise CorruptFile(
@@ -200,11 +198,11 @@ def _read_tensors(file: File, refs: dict[str, StorageRef], limits: Limits) -> di
         raw = file.read(offset + 8, 16 * ndim + 8)
         numbers = [int.from_bytes(raw[i : i + 8], "little", signed=True) for i in range(0, len(raw), 8)]
         offset += 8 + len(raw)
-        ref = refs.get(str(storage_key))
+        ref = refs.get(storage_key)
         if ref is None or min(numbers) < 0:
             raise CorruptFile(
                 f"tensor '{key}' is no view of a storage of the archive", path=file.path, offset=offset, hint=_DAMAGED
             )
         shape, stride = tuple(numbers[:ndim]), tuple(numbers[ndim : 2 * ndim])
-        tensors[str(key)] = TensorRecord(ref, ref.dtype, numbers[-1], shape, stride)
+        tensors[key] = TensorRecord(ref, ref.dtype, numbers[-1], shape, stride)
     return tensors

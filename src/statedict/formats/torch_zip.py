@@ -4,6 +4,7 @@
     NAME/byteorder           "little" or "big"; absent in old files, which are little-endian
     NAME/data/KEY            the bytes of one storage, aligned to 64 by padding in the local header
     NAME/version             "3"; required by torch
+    NAME/.statedict          only in files of this program: metadata and digests, as JSON
     NAME/constants.pkl, code/…   only in TorchScript archives
 
 All names share one top folder, which is the first entry's. Source: torch 2.13 ``serialization.py`` (``_save``, ``_load``,
@@ -12,22 +13,26 @@ All names share one top folder, which is the first entry's. Source: torch 2.13 `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from statedict.errors import CorruptFile, Unsupported
 from statedict.formats import zips
-from statedict.formats.constructors import storage_dtype
-from statedict.formats.value_tree import Tree, TreeBuilder
 from statedict.formats.pickles import Machine
-from statedict.formats.records import StorageRef
+from statedict.formats.records import StorageRef, shown
+from statedict.formats.tensor_constructors import storage_dtype
+from statedict.formats.value_tree import Tree, TreeBuilder
 from statedict.io.ranges import File, MemoryFile
 from statedict.limits import DEFAULT_LIMITS, Limits
 from statedict.manifest import FileFact, Finding, Manifest, Storage
 
-__all__ = ["read_manifest", "storage_ref"]
+__all__ = ["name_of", "read_manifest", "storage_ref"]
 
 # What torch aligns storages to. A file without it can't be mapped well.
 _ALIGNMENT = 64
+# Keys of storages are numbers or addresses, devices short words.
+_LONGEST_NAME = 1000
+# torch counts elements in int64.
+_MOST = 2**63 - 1
 _DAMAGED = "The file is damaged: download or copy it again"
 
 
@@ -51,7 +56,8 @@ def read_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS) -> Man
     pickle = MemoryFile(zips.read_entry(file, data, limits, limit="pickle_bytes"), f"{file.path}:{data.name}")
     value = Machine(pickle, persistent=persistent, limits=limits).run()
     byteorder = _byteorder(file, records, limits)
-    storages = _storages(file, records, refs, byteorder)
+    metadata, digests, stale = _own_record(file, records, limits)
+    storages = _storages(file, records, refs, byteorder, digests)
     tree = TreeBuilder(lambda ref: _storage(file, ref, storages), limits, path=file.path).build(value)
     return Manifest(
         "torchscript" if "constants.pkl" in records else "torch-zip",
@@ -60,8 +66,9 @@ def read_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS) -> Man
         tree.tensors,
         tree.objects,
         tree.root,
-        _metadata(file, records, limits),
-        (*tree.notes, *_notes(records, storages, tree)),
+        metadata,
+        (*stale, *tree.notes, *_notes(records, storages, tree)),
+        _container(file, records, limits),
     )
 
 
@@ -91,15 +98,27 @@ def storage_ref(pid: object, *, fields: int) -> StorageRef:
         raise CorruptFile(
             "a persistent id is none of a storage", expected=f"('storage', class, key, device, length), {fields} fields"
         )
-    _, storage_class, key, device, numel = pid[:5]
+    _, storage_class, name, device, numel = pid[:5]
     dtype = storage_dtype(storage_class)
     if dtype is None:
-        raise Unsupported(f"a storage is of the unknown class {storage_class!r}")
-    key = key.decode("latin-1") if isinstance(key, bytes) else str(key)
-    device = device.decode("latin-1") if isinstance(device, bytes) else device
-    if type(numel) is not int or numel < 0 or not isinstance(device, str):
-        raise CorruptFile(f"storage '{key}' has no proper length or device", found=f"{numel!r}, {device!r}")
-    return StorageRef(key, dtype, numel, device)
+        raise Unsupported(f"a storage is of the unknown class {shown(storage_class)}")
+    # The usual case without a call: 100,000 tensors come this way.
+    key = name if type(name) is str and len(name) <= _LONGEST_NAME else name_of(name)
+    if type(numel) is not int or numel < 0 or numel > _MOST:
+        raise CorruptFile(f"storage '{key}' has no proper length", found=shown(numel))
+    return StorageRef(key, dtype, numel, device if device == "cpu" else name_of(device))
+
+
+def name_of(value: object) -> str:
+    """The key or device of a storage: a text, the bytes of a Python 2 text, or a number (Python 2's keys).
+
+    Raises ``CorruptFile`` for anything else.
+    """
+    if type(value) is int:
+        return str(value)
+    if not isinstance(value, (str, bytes)) or len(value) > _LONGEST_NAME:
+        raise CorruptFile("a storage has no proper name or device", found=shown(value))
+    return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
 def _byteorder(file: File, records: dict[str, zips.ZipEntry], limits: Limits) -> str:
@@ -113,7 +132,11 @@ def _byteorder(file: File, records: dict[str, zips.ZipEntry], limits: Limits) ->
 
 
 def _storages(
-    file: File, records: dict[str, zips.ZipEntry], refs: dict[str, StorageRef], byteorder: str
+    file: File,
+    records: dict[str, zips.ZipEntry],
+    refs: dict[str, StorageRef],
+    byteorder: str,
+    digests: Mapping[str, str],
 ) -> dict[str, Storage]:
     """The storage of every reference whose record is there, numbered in the order of the pickle."""
     # torch finds records without regard to case (miniz); names that differ only so were refused with the directory.
@@ -130,8 +153,7 @@ def _storages(
     offsets = zips.data_offsets(file, list(found.values()))
     storages = {}
     for number, ((key, entry), offset) in enumerate(zip(found.items(), offsets)):
-        ref = refs[key]
-        nbytes = ref.dtype.nbytes(ref.numel)
+        nbytes = refs[key].nbytes
         if entry.nbytes != nbytes:
             raise CorruptFile(
                 f"storage '{key}' has another size than its record",
@@ -142,13 +164,14 @@ def _storages(
                 hint=_DAMAGED,
             )
         crc = entry.crc or None
-        storages[key] = Storage(number, nbytes, zips.extent(entry, offset), None, byteorder, crc, f"data/{key}")
+        extent, name = zips.extent(entry, offset), f"data/{key}"
+        storages[key] = Storage(number, nbytes, extent, None, byteorder, crc, name, digests.get(key))
     return storages
 
 
 def _storage(file: File, ref: StorageRef, storages: dict[str, Storage]) -> Storage:
     storage = storages.get(ref.key)
-    if storage is not None and storage.nbytes == ref.dtype.nbytes(ref.numel):
+    if storage is not None and storage.nbytes == ref.nbytes:
         return storage
     if ref.device == "meta" or ref.numel == 0:
         # Neither has bytes, and torch may give several empty storages one key.
@@ -158,7 +181,30 @@ def _storage(file: File, ref: StorageRef, storages: dict[str, Storage]) -> Stora
     )
 
 
-def _metadata(file: File, records: dict[str, zips.ZipEntry], limits: Limits) -> dict[str, str]:
+def _own_record(
+    file: File, records: dict[str, zips.ZipEntry], limits: Limits
+) -> tuple[dict[str, str], dict[str, str], list[Finding]]:
+    """What this program has written beside the records: the metadata, a digest for each storage, and what is odd."""
+    entry = records.get(".statedict")
+    if entry is None:
+        return {}, {}, []
+    import json
+
+    try:
+        facts = json.loads(zips.read_entry(file, entry, limits))
+        metadata, digests = dict(facts.get("metadata", {})), facts.get("digests", "")
+        known = all(isinstance(text, str) for text in (*metadata, *metadata.values(), digests))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        known = False
+    stored = sum(name.startswith("data/") for name in records)
+    if not known or len(digests) not in (0, 32 * stored):
+        message = "statedict's own record is left aside: it isn't about these storages"
+        return {}, {}, [Finding("stale-notes", "warning", message)]
+    each = {str(at): f"xxh3-128:{digests[32 * at : 32 * at + 32]}" for at in range(len(digests) // 32)}
+    return metadata, each, []
+
+
+def _container(file: File, records: dict[str, zips.ZipEntry], limits: Limits) -> dict[str, str]:
     """The small text records of the archive, as they are."""
     limits = limits._replace(header_bytes=min(limits.header_bytes, 4096))
     found = {}

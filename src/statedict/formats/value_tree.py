@@ -1,14 +1,15 @@
 """From a nested value to the tree of a manifest.
 
 The value is what the interpreter of pickles built, what the notes of a safetensors file say, or what someone holds in
-memory; an ``adapt`` function turns the last two into the interpreter's records. Containers become ``Container`` nodes, tensors and arrays ``TensorEntry``, everything else ``ObjectEntry``. A list or set
-of plain values is one entry, and so is an empty container, so that nothing of the file is left unlisted. Objects of
-unknown classes become containers of kind ``opaque`` whose children are what they would have been given. Nothing recurses
-on the depth of the file.
+memory; an ``adapt`` function turns the last into the interpreter's records. Containers become ``Container`` nodes, tensors and
+arrays ``TensorEntry``, everything else ``ObjectEntry``. A list or set of plain values is one entry, and so is an empty
+container, so that nothing of the file is left unlisted. Objects of unknown classes become containers of kind ``opaque``
+whose children are what they would have been given. Nothing recurses on the depth of the file.
 """
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
@@ -268,7 +269,7 @@ class TreeBuilder:
         self._limits.check("nodes", self._visits, "too many values in containers", path=self._path)
         down = depth + 1
         if isinstance(value, dict):
-            return {self._inert(key, down): self._inert(item, down) for key, item in value.items()}
+            return _like(value, {self._inert(key, down): self._inert(item, down) for key, item in value.items()})
         if kind in (list, tuple, set, frozenset):
             return kind(self._inert(item, down) for item in value)  # type: ignore[attr-defined]
         if isinstance(value, Opaque):
@@ -286,6 +287,21 @@ class TreeBuilder:
             letters = value.dtype.letters if value.dtype else None
             return Opaque("numpy", "ndarray", (value.shape, letters), self._inert(value.data, down))
         return value
+
+
+def _like(record: dict[object, object], items: dict[object, object]) -> dict[object, object]:
+    """The items in the standard library's mapping that the record stands for."""
+    if not isinstance(record, MappingRecord):
+        return items
+    if record.kind == "OrderedDict":
+        return OrderedDict(items)
+    if record.kind in ("Counter", "defaultdict"):
+        made: dict[object, object] = Counter() if record.kind == "Counter" else defaultdict()  # type: ignore[assignment]
+        dict.update(made, items)  # a Counter's own update adds
+        return made
+    copy = MappingRecord(record.kind, record.type)
+    copy.update(items)
+    return copy
 
 
 # What a container shows: kind, keys, children, attributes, class.

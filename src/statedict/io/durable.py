@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from statedict.errors import FileError, StateDictError, TargetExists
+from statedict.io.ranges import LocalFile
 from statedict.io.temporaries import backup_name, lock, remove, sweep, temporary_name
 
 __all__ = ["DurableFile", "check_target", "write_bytes"]
@@ -102,6 +103,12 @@ class DurableFile:
             # AttributeError: systems other than Linux have no such call.
             return done
         return done
+
+    def reopened(self) -> LocalFile:
+        """What was written so far as a file to be read, before it has its name. Its messages name the final path."""
+        file = LocalFile(self._temporary)
+        file.path = self.path
+        return file
 
     def write_back(self) -> None:
         """Have what was written so far go to the disk now, so that less is left to wait for at the end."""

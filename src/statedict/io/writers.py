@@ -25,7 +25,7 @@ from statedict.io.durable import DurableFile
 from statedict.io.plans import Later, Payload, Sum, WritePlan
 from statedict.io.ranges import BLOCK_NBYTES, LocalFile, blocks
 
-__all__ = ["Written", "execute", "execute_to_stream"]
+__all__ = ["Check", "Progress", "Written", "execute", "execute_to_stream"]
 
 # Two to write, while the third waits for the disk.
 _THREADS = 3
@@ -37,6 +37,7 @@ _WRITE_BACK_NBYTES = 64 * 1024 * 1024
 _COPY_NBYTES = 16 * 1024 * 1024
 
 Progress = Callable[[int, int], None]
+Check = Callable[[LocalFile, Mapping[str, Sum]], None]
 
 
 class Written(NamedTuple):
@@ -56,8 +57,11 @@ def execute(
     overwrite: bool,
     durable: bool = True,
     on_progress: Progress | None = None,
+    check: Check | None = None,
 ) -> Written:
     """Write the plan to a file, atomically. ``on_progress`` is told the bytes handed on, and the bytes in all.
+
+    ``check`` is given the finished file and the sums before the file takes its name; what it raises leaves nothing behind.
 
     Raises what ``DurableFile`` does, and whatever a source raises, unchanged. Nothing is left behind then. About 28 MiB
     of buffers are in use, whatever the size; the threads have ended when this returns or raises.
@@ -68,6 +72,12 @@ def execute(
             assembly.run()
         for offset, later in assembly.unwritten:
             file.write_at(offset, [assembly.rendered(later)])
+        if check is not None:
+            written = file.reopened()
+            try:
+                check(written, assembly.sums)
+            finally:
+                written.close()
     copied = sum(writers.copied)
     method = {"buffered": plan.nbytes - copied, "kernel copy": copied}
     return Written(plan.nbytes, assembly.sums, True, file.durable, method)

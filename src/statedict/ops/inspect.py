@@ -129,7 +129,7 @@ def inspection_of(
         ],
         totals=_totals(tensors, sum(file.nbytes for file in manifest.files)),
         tied=[[names[path] for path in group] for group in tied],
-        metadata=manifest.metadata,
+        metadata={**manifest.container, **manifest.metadata},
         findings=findings_of(Evidence(manifest, source, names, tied, training, figures)),
         training=training,
     )

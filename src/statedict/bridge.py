@@ -1,0 +1,65 @@
+"""The one way from the rest of the program to ``statedict.torch``, taken late: when a value of torch's was handed in, or asked for.
+
+What a value is, is told by its type's own modules; that imports nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from statedict.errors import MissingDependency
+from statedict.manifest import Storage, TensorEntry, TorchValue
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["StorageOf", "entry_of", "is_module", "is_tensor", "small_value", "state_dict", "to_torch"]
+
+# Gives the storage of a key; the object keeps its memory, and the function gives bytes and byte order when it is new.
+StorageOf = Callable[[object, object, Callable[[], "tuple[Any, str]"]], Storage]
+
+
+def _is_a(value: object, module: str, name: str) -> bool:
+    return any(base.__name__ == name and base.__module__ == module for base in type(value).__mro__)
+
+
+def is_tensor(value: object) -> bool:
+    """Whether the value is a tensor of torch's."""
+    return _is_a(value, "torch", "Tensor")
+
+
+def is_module(value: object) -> bool:
+    """Whether the value is a module of torch's."""
+    return _is_a(value, "torch.nn.modules.module", "Module")
+
+
+def state_dict(module: Any) -> object:
+    """The module's state dict."""
+    return module.state_dict()
+
+
+def entry_of(tensor: Any, storage_of: StorageOf) -> TensorEntry:
+    """A tensor of torch's as an entry over its own memory."""
+    from statedict.torch.tensors import entry_of
+
+    return entry_of(tensor, storage_of)
+
+
+def small_value(value: object) -> TorchValue | None:
+    """A dtype, device, size, layout, qscheme or memory format of torch's; None for another value."""
+    from statedict.torch.tensors import small_value
+
+    return small_value(value)
+
+
+def to_torch(tensor: Any) -> torch.Tensor:
+    """A ``LazyTensor`` as one of torch's, in memory of its own. Raises ``MissingDependency`` where torch isn't installed."""
+    try:
+        from statedict.torch.tensors import to_torch
+    except ImportError as error:
+        raise MissingDependency(
+            "tensors of torch need torch", hint="Install it: pip install 'statedict[torch]', or use .numpy()"
+        ) from error
+    made: torch.Tensor = to_torch(tensor)
+    return made
