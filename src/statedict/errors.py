@@ -89,6 +89,8 @@ class StateDictError(Exception):
         self.found = found
         self.hint = hint
         super().__init__(self.message)
+        # An ImportError has a path of its own, which its constructor has just cleared.
+        self.path = None if path is None else os.fspath(path)
 
     @property
     def message(self) -> str:

@@ -43,15 +43,17 @@ def run(options: Namespace, console: Console) -> int:
     """Converts, and shows what was written."""
     from statedict.ops.convert import convert
 
-    result = convert(
-        options.source,
-        options.target,
-        at=options.at,
-        overwrite=options.overwrite,
-        dry_run=options.dry_run,
-        digests=not options.no_digests,
-        keep_storages=options.keep_storages,
-        limits=limits_of(options),
-    )
+    with console.progress("converting") as progress:
+        result = convert(
+            options.source,
+            options.target,
+            at=options.at,
+            overwrite=options.overwrite,
+            dry_run=options.dry_run,
+            digests=not options.no_digests,
+            keep_storages=options.keep_storages,
+            limits=limits_of(options),
+            on_progress=progress,
+        )
     console.show(result)
     return 0

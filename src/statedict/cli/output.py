@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from typing import TextIO
 
+    from statedict.cli.progress import ProgressBar
+
 __all__ = ["Console"]
 
 
@@ -90,6 +92,12 @@ class Console:
         """Says something on stderr that isn't the result; not with ``-q``."""
         if not self.quiet:
             self.say(text)
+
+    def progress(self, title: str) -> ProgressBar:
+        """A bar for long work; nothing is shown with ``-q``, or where stderr is no terminal."""
+        from statedict.cli.progress import ProgressBar
+
+        return ProgressBar(title, shown=not self.quiet and sys.stderr.isatty(), color=self._colorful())
 
     def say(self, text: str) -> None:
         """Says something on stderr, on one line."""
