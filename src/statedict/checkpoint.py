@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from statedict.errors import KeyNotFound, StateDictError, Unsupported
@@ -230,6 +232,18 @@ def _lazy(value: object) -> tuple[TensorEntry, tuple[File, ...]] | None:
     return (value.entry, tuple(value.origin.reader.files)) if isinstance(value, LazyTensor) else None
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Nothing looks for cycles meanwhile: a manifest has none and up to a million objects, which took twice as long."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def _open_file(path: str, limits: Limits) -> Checkpoint:
     from statedict.formats import read_manifest
 
@@ -237,7 +251,9 @@ def _open_file(path: str, limits: Limits) -> Checkpoint:
         raise Unsupported("addresses can't be opened yet", path=path, hint="Download the file first")
     file = LocalFile(path)
     try:
-        return Checkpoint(read_manifest([file], limits), [file], source=path, limits=limits)
+        with _uncollected():
+            manifest = read_manifest([file], limits)
+        return Checkpoint(manifest, [file], source=path, limits=limits)
     except BaseException as error:
         file.close()
         if isinstance(error, StateDictError):

@@ -192,7 +192,7 @@ class _Adapter:
 
 def _dtype_of(dtype: Any) -> DType | None:
     """The dtype of a numpy array; ml_dtypes' are known by their names."""
-    if dtype.kind == "V" and dtype.names is None:
+    if dtype.type.__module__.startswith("ml_dtypes"):
         return BY_TORCH.get(dtype.name)
     return BY_NUMPY.get(dtype.str.lstrip("<>=|")) if dtype.names is None else None
 

@@ -1,8 +1,9 @@
-"""Arrays of any dtype from bytes. The only module outside ``statedict.torch`` that imports numpy."""
+"""Arrays of any dtype from bytes, and the figures of their values. The only module outside ``statedict.torch`` with numpy."""
 
 from __future__ import annotations
 
 import ast
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,16 @@ from statedict.dtypes import DType
 from statedict.errors import Unsupported
 from statedict.views import reach
 
-__all__ = ["array", "empty", "gather", "numpy_dtype", "to_packed_bytes"]
+__all__ = [
+    "Scratch",
+    "Tally",
+    "array",
+    "empty",
+    "gather",
+    "numpy_dtype",
+    "quiet",
+    "to_packed_bytes",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -79,3 +89,244 @@ def to_packed_bytes(values: Array) -> memoryview:
     """The bytes of an array in reading order; a view where they lie so already."""
     packed: Any = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     return memoryview(packed)
+
+
+# -------------------------------------------------------------------- the figures of many values
+
+# Values that are looked at together. Fewer stay nearer to the processor, but then two threads wait for the interpreter more than
+# they count: GB/s of float32 on two cores with 1 MiB of second-level cache each, page cache warm, by values a block and threads
+# (medians of 5): 64 Ki 3.2 with one and 2.2 with two, 256 Ki 3.7 and 4.4, 512 Ki 3.8 and 5.2, 1 Mi 3.5 and 4.7.
+_FIGURE_VALUES = 512 * 1024
+# Bytes that a block has at most.
+_FIGURE_NBYTES = 4 * 1024 * 1024
+# float32 sums of squares are safe for values between these; others are summed in float64.
+_LARGE, _SMALL = 1e15, 1e-12
+# How much farther from the pivot than spread about it the mean of a block may be, before the pivot is moved to it.
+_FAR = 64.0
+# Elements whose squares are summed in float32 at once: 64 Ki of them gave errors of 6e-6, 8 Ki give a tenth.
+_DOT = 8192
+# The eight-bit kinds and pairs of four-bit numbers, by byte: value of each.
+_FOUR_BITS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+class Scratch:
+    """Room for the passes over one block, used again for each: one for each thread."""
+
+    def __init__(self) -> None:
+        self.buffer = memoryview(bytearray(_FIGURE_NBYTES))  # to read a block into
+        self._floats = np.empty(_FIGURE_VALUES, np.float64)
+        self._shifted = np.empty(_FIGURE_VALUES, np.float64)
+        self._flags = np.empty(_FIGURE_VALUES, np.bool_)
+
+    def values(self, count: int, kind: Any) -> Array:
+        """An array of that many numbers of up to 8 bytes each."""
+        made: Array = self._floats.view(kind)[:count]
+        return made
+
+    def shifted(self, count: int, kind: Any) -> Array:
+        """A second one."""
+        made: Array = self._shifted.view(kind)[:count]
+        return made
+
+    def flags(self, count: int) -> Array:
+        """An array of that many truth values."""
+        return self._flags[:count]
+
+
+def quiet() -> Any:
+    """A context in which sums that overflow give infinity without a warning. It holds in its own thread only."""
+    return np.errstate(over="ignore", invalid="ignore", under="ignore")
+
+
+class Tally:
+    """Extremes, mean, spread and counts of the values of one tensor, taken in block by block.
+
+    Minimum and maximum are of all values but NaN; mean and standard deviation (of the whole population) of the finite ones. They
+    are summed about a moving pivot, in float32 for blocks of float32 and below, and combined in float64 (Chan, Golub and LeVeque,
+    "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979).
+    """
+
+    __slots__ = ("_dtype", "_kind", "_zero", "count", "high", "inf", "low", "m2", "mean", "nan", "numel", "zeros")
+
+    def __init__(self, dtype: DType, zero: int = 0) -> None:
+        """``zero`` is the number that stands for nought in a quantised tensor."""
+        self._dtype = dtype
+        self._kind = numpy_dtype(dtype)
+        self._zero = zero
+        self.numel = 0
+        self.count = 0  # finite values
+        self.mean: Any = 0.0
+        self.m2 = 0.0  # sum of the squared distances from the mean
+        self.low: Any = None
+        self.high: Any = None
+        self.zeros = 0
+        self.nan = 0
+        self.inf = 0
+
+    @property
+    def block_nbytes(self) -> int:
+        """Bytes of whole elements to take in at a time."""
+        pairs = 2 if self._dtype.code == "F4_X2" else 1
+        return min(_FIGURE_NBYTES, _FIGURE_VALUES * self._kind.itemsize // pairs)
+
+    def add(self, block: memoryview, scratch: Scratch) -> None:
+        """Take in packed little-endian values: whole elements, at most ``block_nbytes`` bytes."""
+        if not len(block):
+            return
+        code = self._dtype.code
+        if code == "BOOL":
+            self._bools(np.frombuffer(block, np.uint8))
+        elif self._dtype.kind in ("int", "uint", "quantized", "bits"):
+            self._integers(np.frombuffer(block, self._kind), scratch)
+        elif self._dtype.kind == "complex":
+            self._complex(block)
+        elif code == "F64":
+            self._floats(np.frombuffer(block, self._kind), scratch)
+        else:
+            self._floats(self._widened(block, scratch), scratch)
+
+    def _widened(self, block: memoryview, scratch: Scratch) -> Array:
+        """The values as float32, which holds each of them exactly."""
+        code = self._dtype.code
+        if code == "F32":
+            return np.frombuffer(block, self._kind)
+        if code == "BF16":
+            raw = np.frombuffer(block, "<u2")
+            wide = scratch.values(len(raw), np.uint32)
+            np.copyto(wide, raw)
+            np.left_shift(wide, 16, out=wide)
+            return wide.view(np.float32)
+        if code == "F16":
+            raw = np.frombuffer(block, self._kind)
+            out = scratch.values(len(raw), np.float32)
+            np.copyto(out, raw)
+            return out
+        table = _by_byte(self._dtype)
+        raw = np.frombuffer(block, np.uint8)
+        out = scratch.values(len(raw) * table[0].size, np.float32)
+        # "clip" only keeps numpy from copying the output first: no byte is out of range.
+        np.take(table, raw, axis=0, out=out.reshape(len(raw), *table.shape[1:]), mode="clip")
+        return out
+
+    def _floats(self, values: Array, scratch: Scratch) -> None:
+        low, high = np.minimum.reduce(values), np.maximum.reduce(values)
+        flags = scratch.flags(len(values))
+        if low != low:
+            flags = np.isnan(values, out=flags)
+            nans = int(np.count_nonzero(flags))
+            self.nan += nans
+            self.numel += nans
+            values = values[~flags]
+            if not len(values):
+                return
+            low, high = values.min(), values.max()
+            flags = scratch.flags(len(values))
+        self.numel += len(values)
+        self.zeros += int(np.count_nonzero(np.equal(values, 0, out=flags)))
+        low, high = float(low), float(high)
+        self._extremes(low, high)
+        if low == -np.inf or high == np.inf:
+            finite = values[np.isfinite(values)]
+            self.inf += len(values) - len(finite)
+            if not len(finite):
+                return
+            values, low, high = finite, float(finite.min()), float(finite.max())
+        self._moments(values, low, high, scratch)
+
+    def _extremes(self, low: Any, high: Any) -> None:
+        self.low = low if self.low is None or low < self.low else self.low
+        self.high = high if self.high is None or high > self.high else self.high
+
+    def _moments(self, values: Array, low: float, high: float, scratch: Scratch) -> None:
+        """Mean and spread of a block of finite values."""
+        largest = max(-low, high)
+        if low == high:
+            self._combine(len(values), low, 0.0)
+            return
+        kind = values.dtype.type
+        if kind is np.float32 and not (_SMALL < largest < _LARGE and high - low > 1e-4 * largest):
+            # Too large, too small, or too near each other for sums in float32.
+            values, kind = values.astype(np.float64), np.float64
+        pivot = self.mean if self.count and low <= self.mean <= high else low / 2 + high / 2
+        mean, m2 = _about(values, kind(pivot), scratch)
+        if len(values) * (mean - pivot) ** 2 > _FAR * m2:
+            mean, m2 = _about(values, kind(mean), scratch)
+        self._combine(len(values), mean, m2)
+
+    def _combine(self, count: int, mean: Any, m2: float) -> None:
+        total = self.count + count
+        apart = mean - self.mean
+        self.mean = self.mean + apart * (count / total)
+        self.m2 += m2 + abs(apart) ** 2 * (self.count * (count / total))
+        self.count = total
+
+    def _integers(self, values: Array, scratch: Scratch) -> None:
+        low, high = int(values.min()), int(values.max())
+        self.numel += len(values)
+        self.zeros += int(np.count_nonzero(np.equal(values, self._zero, out=scratch.flags(len(values)))))
+        self._extremes(low, high)
+        floats = scratch.values(len(values), np.float64)
+        np.copyto(floats, values, casting="unsafe")
+        self._moments(floats, float(low), float(high), scratch)
+
+    def _bools(self, values: Array) -> None:
+        ones = int(np.count_nonzero(values))
+        count = len(values)
+        self.numel += count
+        self.zeros += count - ones
+        self._extremes(int(ones == count), int(ones > 0))
+        self._combine(count, ones / count, ones * (count - ones) / count)
+
+    def _complex(self, block: memoryview) -> None:
+        part = {"C32": "<f2", "C64": "<f4", "C128": "<f8"}[self._dtype.code]
+        pairs: Array = np.frombuffer(block, part).astype(np.float64).reshape(-1, 2)
+        self.numel += len(pairs)
+        nans = np.isnan(pairs).any(axis=1)
+        self.nan += int(np.count_nonzero(nans))
+        self.inf += int(np.count_nonzero(np.isinf(pairs).any(axis=1) & ~nans))
+        self.zeros += int(np.count_nonzero((pairs == 0).all(axis=1)))
+        finite = pairs[np.isfinite(pairs).all(axis=1)]
+        if len(finite):
+            real, imag = finite.mean(axis=0)
+            spread = ((finite - (real, imag)) ** 2).sum()
+            self._combine(len(finite), complex(real, imag), float(spread))
+
+    def merge(self, other: Tally) -> None:
+        """Take in what another has of the same tensor."""
+        if other.low is not None:
+            self._extremes(other.low, other.high)
+        if other.count:
+            self._combine(other.count, other.mean, other.m2)
+        self.numel += other.numel
+        self.zeros += other.zeros
+        self.nan += other.nan
+        self.inf += other.inf
+
+    def figures(self) -> dict[str, Any]:
+        """min, max, mean, std, zeros, nan and inf; the first four None where no value has them."""
+        mean, std = (self.mean, (self.m2 / self.count) ** 0.5) if self.count else (None, None)
+        counts = {"zeros": self.zeros, "nan": self.nan, "inf": self.inf}
+        return {"min": self.low, "max": self.high, "mean": mean, "std": std, **counts}
+
+
+def _about(values: Array, pivot: Any, scratch: Scratch) -> tuple[float, float]:
+    """The mean of a block, and the sum of the squared distances from it, summed about a number near it."""
+    count = len(values)
+    shifted = scratch.shifted(count, values.dtype)
+    np.subtract(values, pivot, out=shifted)
+    total = float(np.add.reduce(shifted))
+    squares = 0.0
+    for first in range(0, count, _DOT):
+        part = shifted[first : first + _DOT]
+        squares += float(np.dot(part, part))
+    return float(pivot) + total / count, max(0.0, squares - total * total / count)
+
+
+@cache
+def _by_byte(dtype: DType) -> Array:
+    """The float32 value, or the two values, of each byte of an eight-bit kind."""
+    if dtype.code == "F4_X2":
+        each = np.array([*_FOUR_BITS, *(-value for value in _FOUR_BITS)], np.float32)
+        return np.array([(each[byte & 15], each[byte >> 4]) for byte in range(256)], np.float32)
+    made: Array = np.arange(256, dtype=np.uint8).view(numpy_dtype(dtype)).astype(np.float32)
+    return made

@@ -16,7 +16,7 @@ from statedict.report.document import Document
 from statedict.report.result import Result
 
 if TYPE_CHECKING:
-    pass
+    from statedict.ops.statistics import Progress
 
 __all__ = ["Inspection", "inspect", "inspection_of"]
 
@@ -83,17 +83,32 @@ class Inspection(Contents, Result):
         return page(self.document("complete"))
 
 
-def inspect(source: object, *, at: str | Path | None = None, limits: Limits | None = None) -> Inspection:
-    """What is in a checkpoint: its header is read; no byte of a tensor.
+def inspect(
+    source: object,
+    *,
+    stats: bool = False,
+    at: str | Path | None = None,
+    limits: Limits | None = None,
+    on_progress: Progress | None = None,
+) -> Inspection:
+    """What is in a checkpoint: its header is read, and with ``stats`` every byte of its tensors once.
 
-    ``source`` is a path (``PATH#KEY`` selects a part), a ``Checkpoint``, or a mapping of tensors. Raises what ``open`` raises.
+    ``source`` is a path (``PATH#KEY`` selects a part), a ``Checkpoint``, a mapping of tensors, or a module. ``stats`` gives min,
+    max, mean, std, zeros, nan and inf of each tensor: the extremes of all values but NaN, mean and std (of the population) of
+    the finite ones. Raises what ``open`` raises.
     """
     from statedict.checkpoint import Checkpoint
     from statedict.checkpoint import open as open_checkpoint
 
     checkpoint = open_checkpoint(source, at=at, limits=limits)
     try:
-        return inspection_of(checkpoint.manifest, checkpoint.source)
+        if not stats:
+            return inspection_of(checkpoint.manifest, checkpoint.source)
+        from statedict.ops.statistics import statistics_of
+
+        figures, notes = statistics_of(checkpoint, on_progress)
+        manifest = checkpoint.manifest._replace(notes=(*checkpoint.manifest.notes, *notes))
+        return inspection_of(manifest, checkpoint.source, stats=figures)
     finally:
         # A checkpoint that was passed in is open for its owner, who closes it.
         if not isinstance(source, Checkpoint):
