@@ -26,7 +26,16 @@ class Step(NamedTuple):
 
 
 # Each runs in one temporary folder, in which model.safetensors is a link to the file in the package.
-STEPS = (Step("What is in the file? Only its header is read", ("inspect", "model.safetensors")),)
+STEPS = (
+    Step("What is in the file? Only its header is read", ("inspect", "model.safetensors")),
+    Step(
+        "The same weights as a file for torch.load, written without torch",
+        ("convert", "model.safetensors", "model.pth"),
+    ),
+    Step(
+        "What was written, with the figures of its values", ("inspect", "model.pth", "--stats", "--match", "encoder.*")
+    ),
+)
 
 
 def weights() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "said"),
     [
         (["inspct", "x"], "there is no verb 'inspct'. Did you mean statedict inspect?"),
-        (["\x1b[2J"], "there is no verb '\\x1b[2J'. There is: inspect. See statedict --help"),
+        (["\x1b[2J"], "there is no verb '\\x1b[2J'. There is: inspect, convert. See statedict --help"),
         (["--format", "json"], "the verb comes first, then --format. See statedict --help"),
         (["inspect"], "the following arguments are required: SOURCE. See statedict inspect --help"),
         (
@@ -115,13 +116,23 @@ def test_the_text_is_the_result_and_stderr_is_empty(calls: list[Any], capsys: py
     streams = capsys.readouterr()
 
     assert (0, f"{inspection()}\n", "") == (code, streams.out, streams.err)
-    assert [(("m.pth",), {"at": None, "limits": DEFAULT_LIMITS})] == calls
+    assert [(("m.pth",), {"stats": False, "at": None, "limits": DEFAULT_LIMITS})] == [
+        without_progress(c) for c in calls
+    ]
 
 
 def test_options_reach_inspect(calls: list[Any]) -> None:
-    main(["inspect", "m.pth", "--at", "model", "--limit", "depth=5", "--limit", "nodes=1_000"])
+    main(["inspect", "m.pth", "--stats", "--at", "model", "--limit", "depth=5", "--limit", "nodes=1_000"])
+    limits = DEFAULT_LIMITS._replace(depth=5, nodes=1000)
 
-    assert {"at": "model", "limits": DEFAULT_LIMITS._replace(depth=5, nodes=1000)} == calls[0][1]
+    assert (("m.pth",), {"stats": True, "at": "model", "limits": limits}) == without_progress(calls[0])
+
+
+def without_progress(call: Any) -> Any:
+    """A call without the callback, which is another each time."""
+    positional, named = call
+    assert callable(named["on_progress"])
+    return positional, {name: value for name, value in named.items() if name != "on_progress"}
 
 
 def test_json_is_exactly_the_results_facts(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,3 +275,87 @@ def test_a_closed_pipe_is_no_error(monkeypatch: pytest.MonkeyPatch, capfd: pytes
 
     assert 0 == main(["inspect", "a.pth"])
     assert "" == capfd.readouterr().err
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a small file that the safetensors library wrote, as the current one."""
+    import numpy
+    from safetensors.numpy import save_file
+
+    save_file(
+        {"layers.0.w": numpy.ones((2, 3), "float32"), "layers.1.w": numpy.ones((2, 3), "float32")},
+        tmp_path / "m.safetensors",
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_convert_says_what_was_written(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["convert", "m.safetensors", "m.pth", "--format", "json"])
+    streams = capsys.readouterr()
+    found = json.loads(streams.out)
+
+    assert (0, "") == (code, streams.err)
+    assert ("torch-zip", 2, (weights / "m.pth").stat().st_size) == (
+        found["target_format"],
+        found["tensors"],
+        found["nbytes"],
+    )
+
+
+@pytest.mark.parametrize("options", [["--dry-run"], ["--no-digests"], ["--keep-storages"], ["--at", "layers"]])
+def test_the_options_of_convert(options: list[str], weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["convert", "m.safetensors", "m.pth", *options, "--format", "json"])
+    found = json.loads(capsys.readouterr().out)
+
+    assert 0 == code
+    assert ("--dry-run" in options, "--no-digests" not in options) == (found["dry_run"], found["digests"])
+    assert ("--dry-run" not in options) == (weights / "m.pth").exists()
+    assert found["source"].endswith("#layers" if "--at" in options else ".safetensors")
+
+
+def test_convert_replaces_a_file_only_when_told(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (weights / "m.pth").write_bytes(b"precious")
+    first = main(["convert", "m.safetensors", "m.pth"])
+    kept = (weights / "m.pth").read_bytes()
+    second = main(["convert", "m.safetensors", "m.pth", "--overwrite"])
+
+    assert (2, b"precious", 0) == (first, kept, second)
+
+
+def test_an_interrupted_conversion_leaves_nothing(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from statedict.ops import writing
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writing, "_compare", interrupted)
+    code = main(["convert", "m.safetensors", "m.pth"])
+
+    assert (130, "statedict: interrupted\n") == (code, capsys.readouterr().err)
+    assert ["m.safetensors"] == os.listdir(weights)
+
+
+def test_bytes_that_come_back_otherwise_leave_the_old_file(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from statedict.io.durable import DurableFile
+
+    whole = DurableFile.reopened
+
+    def flipped(self: DurableFile) -> Any:
+        self.write_at(self.nbytes - 1, [b"\xff"])
+        return whole(self)
+
+    (weights / "m2.safetensors").write_bytes(b"precious")
+    monkeypatch.setattr(DurableFile, "reopened", flipped)
+    code = main(["convert", "m.safetensors", "m2.safetensors", "--overwrite"])
+    said = capsys.readouterr().err
+
+    assert 2 == code
+    assert "the disk gives back other bytes than were written" in said
+    assert b"precious" == (weights / "m2.safetensors").read_bytes()
+    assert ["m.safetensors", "m2.safetensors"] == sorted(os.listdir(weights))
