@@ -56,8 +56,15 @@ _LONGEST_QUOTE = 200
 
 def one_line(text: object) -> str:
     """The text with every control, bidi and line character escaped, cut to 200 characters."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+    shown = _escaped(str(text))
     return shown if len(shown) <= _LONGEST_QUOTE else shown[: _LONGEST_QUOTE - 1] + "…"
+
+
+def _escaped(text: str) -> str:
+    """The text with every character escaped that doesn't show as itself."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class StateDictError(Exception):
@@ -97,11 +104,11 @@ class StateDictError(Exception):
         """The whole sentence, on one line, safe to print on a terminal."""
         place = [f"at byte {self.offset}"] if self.offset is not None else []
         place += [f"tensor '{one_line(self.key)}'"] if self.key is not None else []
-        text = self.what + (f" ({', '.join(place)})" if place else "")
+        text = _escaped(self.what) + (f" ({', '.join(place)})" if place else "")
         facts = [f"expected {one_line(self.expected)}"] if self.expected is not None else []
         facts += [f"found {one_line(self.found)}"] if self.found is not None else []
         text += f": {', '.join(facts)}" if facts else ""
-        text += f". {self.hint}" if self.hint else ""
+        text += f". {_escaped(self.hint)}" if self.hint else ""
         return f"{one_line(self.path)}: {text}" if self.path is not None else text
 
     def __str__(self) -> str:

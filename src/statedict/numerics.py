@@ -44,12 +44,24 @@ def numpy_dtype(dtype: DType) -> np.dtype[Any]:
 
 def array(data: bytes | bytearray | memoryview, dtype: DType, shape: tuple[int, ...]) -> Array:
     """A view of packed little-endian bytes as an array; nothing is copied."""
-    return np.frombuffer(data, numpy_dtype(dtype)).reshape(shape)
+    flat = np.frombuffer(data, numpy_dtype(dtype))
+    try:
+        return flat.reshape(shape)
+    except ValueError as error:
+        raise _unfit(error) from error
 
 
 def empty(dtype: DType, shape: tuple[int, ...]) -> Array:
     """An array of that shape whose values are not set."""
-    return np.empty(shape, numpy_dtype(dtype))
+    try:
+        return np.empty(shape, numpy_dtype(dtype))
+    except ValueError as error:
+        raise _unfit(error) from error
+
+
+def _unfit(error: ValueError) -> Unsupported:
+    """The error of a shape with more dimensions than numpy has, or sizes beside a zero whose product it can't count."""
+    return Unsupported(f"numpy has no array of this shape ({error})", hint="Read its bytes: .read()")
 
 
 def gather(
@@ -68,7 +80,9 @@ def gather(
     """
     kind = numpy_dtype(dtype)
     flat = np.frombuffer(raw, kind, reach(shape, stride))
-    seen = np.lib.stride_tricks.as_strided(flat, shape, [step * kind.itemsize for step in stride], writeable=False)
+    # The stride of a single element is never taken, and may be too large for numpy.
+    steps = [step * kind.itemsize if size > 1 else 0 for size, step in zip(shape, stride)]
+    seen = np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)
     if byteorder == "big" and dtype.swap > 1:
         seen = seen.byteswap()
     out[...] = seen

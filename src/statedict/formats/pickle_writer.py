@@ -99,11 +99,16 @@ class PickleWriter(PickleStream):
         if kind == "Counter":
             steps.append(lambda: self.op(b"\x85R"))
         if kind == "OrderedDict" and node.attributes:
-            steps.append(lambda: self._attributes(node.attributes))
+            steps.append(lambda: self._attributes(node))
         return steps
 
-    def _attributes(self, attributes: Mapping[str, object]) -> None:
-        self.value(dict(attributes))
+    def _attributes(self, node: Container) -> None:
+        try:
+            self.value(dict(node.attributes))
+        except Refused as refused:
+            self._refuse(node, f"{refused.kind} among the attributes of an {node.kind}")
+            if isinstance(refused.value, Opaque):
+                self._unsafe[refused.value.type] = None
         self.op(b"b")
 
     def _sequence(self, kind: str, children: Any) -> list[Node | Callable[[], None]]:

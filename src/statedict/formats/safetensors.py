@@ -21,7 +21,7 @@ from statedict.views import packed_stride
 
 __all__ = ["read_manifest"]
 
-_DAMAGED = "The file is damaged: download or copy it again"
+_DAMAGED = "The file was cut short or damaged: download or copy it again"
 
 
 def read_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS) -> Manifest:
@@ -79,6 +79,15 @@ def _noted(manifest: Manifest, header: Mapping[str, Any], limits: Limits) -> Man
 
 def _header(file: File, limits: Limits) -> tuple[dict[str, object], int]:
     length = int.from_bytes(file.read(0, 8), "little")
+    if length > file.nbytes - 8:
+        raise CorruptFile(
+            "the file ends inside its header",
+            path=file.path,
+            offset=8,
+            expected=f"{length} bytes",
+            found=file.nbytes - 8,
+            hint=_DAMAGED,
+        )
     limits.check("header_bytes", length, "the header is too long", path=file.path)
     raw = file.read(8, length)
     try:

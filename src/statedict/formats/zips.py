@@ -60,11 +60,12 @@ class ZipDirectory(NamedTuple):
     offset: int
 
 
-def read_directory(file: File, limits: Limits = DEFAULT_LIMITS) -> ZipDirectory:
+def read_directory(file: File, limits: Limits = DEFAULT_LIMITS, *, fold: bool = True) -> ZipDirectory:
     """The entries of the archive that the file is.
 
     Reads the last 64 KiB and the central directory. Raises ``CorruptFile`` for a damaged or ambiguous one (names that
     two readers would resolve differently, entries that overlap), ``Unsupported`` for encryption and odd compression.
+    With ``fold``, names that differ in case alone count as one, as they do in torch.
     """
     offset, nbytes, count = _locate(file)
     if count > nbytes // _CENTRAL.size:
@@ -82,7 +83,7 @@ def read_directory(file: File, limits: Limits = DEFAULT_LIMITS) -> ZipDirectory:
             entries.append(entry)
     except (struct.error, IndexError, UnicodeDecodeError) as error:
         raise CorruptFile("the zip directory is damaged", path=file.path, offset=offset + pos, hint=_CUT) from error
-    _check(file, entries, offset)
+    _check(file, entries, offset, fold)
     return ZipDirectory(entries, offset)
 
 
@@ -150,10 +151,10 @@ def _extra64(extra: bytes, values: tuple[int, int, int]) -> tuple[int, int, int]
     return values
 
 
-def _check(file: File, entries: list[ZipEntry], directory: int) -> None:
+def _check(file: File, entries: list[ZipEntry], directory: int, fold: bool) -> None:
     names: set[str] = set()
     for entry in entries:
-        name = entry.name.lower()
+        name = entry.name.lower() if fold else entry.name
         if name in names:
             raise CorruptFile(
                 f"two entries of the zip archive are both named '{entry.name}'",

@@ -6,12 +6,14 @@ that ends the process. Positions and sizes are bytes.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple, Protocol
 
-from statedict.errors import CorruptFile, FileError, UnknownFormat
+from statedict.errors import CorruptFile, FileError, UnknownFormat, one_line
 
 __all__ = [
     "BLOCK_NBYTES",
@@ -28,6 +30,11 @@ __all__ = [
 
 # The unit in which large ranges are streamed: 4 MiB keeps both cores busy and stays in the second-level cache's reach.
 BLOCK_NBYTES = 4 * 1024 * 1024
+# Names of a folder that are looked at, and how many of them a sentence lists.
+_MOST_NAMES = 10_000
+_LISTED = 5
+# What checkpoint files are called, the likeliest first.
+_ENDS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".th", ".npz", ".npy")
 
 
 class File(Protocol):
@@ -59,15 +66,16 @@ class LocalFile:
                 os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0),
             )
         except OSError as error:
+            if error.errno == errno.ENXIO and os.path.exists(path):
+                # A socket can't be opened at all.
+                raise _no_file(path, os.stat(path).st_mode) from error
             raise FileError.of(error, path, "can't be opened") from error
         except ValueError as error:
             raise FileError("can't be opened: the name holds a NUL character", path=path) from error
         facts = os.fstat(self._fd)
         if not stat.S_ISREG(facts.st_mode):
             os.close(self._fd)
-            raise UnknownFormat(
-                f"this is {_file_type(facts.st_mode)}, not a file", path=path, hint="Name a checkpoint file"
-            )
+            raise _no_file(path, facts.st_mode)
         self.nbytes = facts.st_size
         self.identity = (facts.st_dev, facts.st_ino)
 
@@ -144,9 +152,28 @@ def _short(path: str, offset: int, wanted: int, size: int) -> CorruptFile:
     )
 
 
-def _file_type(mode: int) -> str:
+def _no_file(path: str, mode: int) -> UnknownFormat:
+    """The error that says what is there instead of a regular file."""
     kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
-    return kinds.get(stat.S_IFMT(mode), "a device")
+    kind = kinds.get(stat.S_IFMT(mode), "a device")
+    hint = _in_folder(path) if stat.S_ISDIR(mode) else "Name a checkpoint file"
+    return UnknownFormat(f"this is {kind}, not a file", path=path, hint=hint)
+
+
+def _in_folder(path: str) -> str:
+    """What a folder holds that could be opened instead. Looks at its first 10,000 names."""
+    try:
+        with os.scandir(path) as entries:
+            names = sorted(entry.name for entry in islice(entries, _MOST_NAMES))
+    except OSError:
+        return "Name a checkpoint file"
+    found = [name for end in _ENDS for name in names if name.lower().endswith(end)]
+    if found:
+        rest = f" and {len(found) - _LISTED:,} more" if len(found) > _LISTED else ""
+        return f"In it could be opened: {', '.join([one_line(name) for name in found[:_LISTED]])}{rest}"
+    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
+        return "It is a distributed checkpoint, which can't be opened yet"
+    return "Nothing in it has the name of a checkpoint" if names else "It is empty"
 
 
 class Run(NamedTuple):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from statedict.dtypes import BY_TORCH, DType
-from statedict.errors import Unsupported
+from statedict.errors import CorruptFile, StateDictError, Unsupported, one_line
 from statedict.manifest import StorageView, TensorEntry, TorchValue
 from statedict.views import packed_stride
 
@@ -148,10 +148,8 @@ def to_torch(tensor: LazyTensor) -> torch.Tensor:
     without data, and dtypes that torch has not.
     """
     entry = tensor.entry
-    if entry.layout == "quantized":
-        return _to_quantized(tensor)
-    if entry.layout.startswith("sparse_"):
-        return _to_sparse(tensor)
+    if entry.layout == "quantized" or entry.layout.startswith("sparse_"):
+        return _to_layout(tensor)
     dtype = getattr(torch, entry.dtype.torch, None)
     if entry.layout != "strided" or not isinstance(dtype, torch.dtype):
         what = entry.layout if entry.layout != "strided" else f"of dtype {entry.dtype}"
@@ -185,6 +183,20 @@ def _fill(made: torch.Tensor, tensor: LazyTensor) -> None:
     if made.numel():
         raw = torch.empty(0, dtype=torch.uint8).set_(made.untyped_storage())
         tensor.read(out=raw.numpy())
+
+
+def _to_layout(tensor: LazyTensor) -> torch.Tensor:
+    """A tensor made of parts. torch itself checks whether they fit together, and says so in many ways."""
+    try:
+        return _to_quantized(tensor) if tensor.layout == "quantized" else _to_sparse(tensor)
+    except StateDictError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CorruptFile(
+            f"the parts of a {tensor.layout} tensor don't fit together: {one_line(error)}",
+            path=tensor.origin.source,
+            key=tensor.entry.key,
+        ) from error
 
 
 def _to_sparse(tensor: LazyTensor) -> torch.Tensor:
