@@ -16,7 +16,7 @@ __all__ = ["Path", "display", "dotted", "escaped", "matches", "natural", "near",
 
 Path = tuple[str | int, ...]
 
-_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,8})(?![^.])")
 _PIECE = re.compile(r"((?:[^.\\]|\\.)*)(\.|\Z)", re.DOTALL)
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
@@ -98,10 +98,10 @@ def template(key: str) -> tuple[str, tuple[int, ...]]:
 
     Numbers as Python writes them, of at most nine digits; ``007`` is a name.
     """
-    found = _NUMBER.findall(key)
-    if not found:
+    parts = _NUMBER.split(key)
+    if len(parts) == 1:
         return key, ()
-    return _NUMBER.sub("{}", key), tuple(map(int, found))
+    return "{}".join(parts[::2]), tuple(map(int, parts[1::2]))
 
 
 def matches(key: str, glob: str) -> bool:
