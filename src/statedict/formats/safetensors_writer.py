@@ -24,6 +24,7 @@ from statedict.io.plans import Later, Literal, Payload, Segment, Source, Sum, Wr
 from statedict.keys import display
 from statedict.manifest import Container, Finding, Node, TensorEntry
 from statedict.nodes import every_tensor
+from statedict.report.units import plural
 from statedict.views import is_dense, is_packed, packed_stride, reach
 
 __all__ = ["SafetensorsWriter"]
@@ -201,15 +202,17 @@ class SafetensorsWriter:
         return self._names[id(entry)]
 
     def _say(self) -> None:
-        if self._carried:
-            what = "tensors have no dtype in the format: their bytes are in carriers that statedict reads back"
-            self.notes.append(Finding("carried", "info", f"{len(self._carried)} {what}", tuple(self._carried)))
-        if self._aliases:
-            what = "keys are tied with others and written once: loaders that know aliases find them"
-            self.notes.append(Finding("aliases", "info", f"{len(self._aliases)} {what}", tuple(self._aliases)))
-        if self._copies:
-            what = "tensors share bytes with others: they are written as copies too, for other programs"
-            self.notes.append(Finding("shared-copies", "info", f"{len(self._copies)} {what}", tuple(self._copies)))
+        for code, keys, what in (
+            (
+                "carried",
+                self._carried,
+                "without a dtype in the format, whose bytes are in carriers that statedict reads back",
+            ),
+            ("aliases", list(self._aliases), "tied with another and written once: loaders that know aliases find it"),
+            ("shared-copies", self._copies, "sharing bytes with another, and written as a copy too for other programs"),
+        ):
+            if keys:
+                self.notes.append(Finding(code, "info", f"{plural(len(keys), 'tensor')} {what}", tuple(keys)))
 
     # ---------------------------------------------------------------- the header
 

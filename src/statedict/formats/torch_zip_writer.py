@@ -24,6 +24,7 @@ from statedict.formats.pickle_writer import PickleWriter
 from statedict.io.plans import Later, Literal, Payload, Segment, Source, Sum, WritePlan
 from statedict.manifest import Finding, Node, TensorEntry
 from statedict.nodes import every_tensor
+from statedict.report.units import plural
 
 __all__ = ["TorchZipWriter"]
 
@@ -116,8 +117,10 @@ class TorchZipWriter:
     def _say(self, tensors: list[TensorEntry]) -> None:
         arrays = tuple(entry.key for entry in tensors if entry.kind == "ndarray")
         if arrays:
-            what = "numpy arrays are written as tensors: torch's weights-only reader takes no arrays"
-            self.notes.append(Finding("arrays-as-tensors", "info", f"{len(arrays)} {what}", arrays))
+            what = (
+                f"{plural(len(arrays), 'numpy array')} written as a tensor: torch's weights-only reader takes no arrays"
+            )
+            self.notes.append(Finding("arrays-as-tensors", "info", what, arrays))
 
     # ---------------------------------------------------------------- entries
 

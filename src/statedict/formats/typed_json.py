@@ -272,7 +272,9 @@ def _decoded_standard(tag: str, body: Any) -> object:
             return datetime.date(*_integers(body))
         if tag == "timezone":
             made = datetime.timezone(datetime.timedelta(*_integers(body[:3])), str(body[3]))
-            return datetime.timezone.utc if repr(made) == repr(datetime.timezone(datetime.timedelta(0), "UTC")) else made
+            return (
+                datetime.timezone.utc if repr(made) == repr(datetime.timezone(datetime.timedelta(0), "UTC")) else made
+            )
         *numbers, fold, zone = body
         tzinfo: Any = None if zone is None else _decoded_standard("timezone", zone["timezone"])
         return getattr(datetime, tag)(*_integers(numbers), tzinfo, fold=fold)
