@@ -32,7 +32,7 @@ DEMO_MADE := $(call made,$(DEMO),requirements/demo.txt)
 help:
 	@echo "make test    lint, types and all tests: in an environment without torch, then in one with it"
 	@echo "make demo    the command line on the weights of a real model (91 MB, from a Python package)"
-	@echo "make bench   a durable write beside cp and fsync"
+	@echo "make bench   the figures of docs/benchmarks.md (some minutes, 3 GB of disk)"
 	@echo "make lint    ruff: rules and format"
 	@echo "make types   mypy --strict"
 	@echo "make clean   remove the environments and caches"
@@ -57,6 +57,9 @@ demo: $(DEMO)/$(INSTALLED)
 	$(DEMO)/bin/python demo/run.py
 
 bench: $(TORCH)/$(INSTALLED)
+	$(TORCH)/bin/python benchmarks/inspecting.py
+	$(TORCH)/bin/python benchmarks/figures.py
+	$(TORCH)/bin/python benchmarks/converting.py
 	$(TORCH)/bin/python benchmarks/copying.py
 
 clean:

@@ -86,7 +86,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
             return found
         alike = [path for path in self.manifest.tensors if dotted(path) == key]
         if alike:
-            names = ", ".join(escaped(path) for path in alike)
+            shown = {path: name for name, path in self._paths.items()}
+            names = ", ".join(shown[path] for path in alike)
             raise KeyNotFound(
                 "this key could mean several tensors", path=self.source, key=key, hint=f"Say which: {names}"
             )

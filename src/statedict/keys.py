@@ -3,7 +3,8 @@ r"""Names of things in a nested tree: paths, dotted keys, templates, globs, natu
 A key has two forms. Its identity is a *path*, a tuple of ``str | int``: ``("optimizer", "state", 0, "exp_avg")``. Its display
 is *dotted*: ``optimizer.state.0.exp_avg``. A flat key that holds dots is one component, so two paths can read alike; then
 the *escaped* form is shown, which is lossless: a dot inside a component is ``\.``, a backslash ``\\``, a text that reads
-as a number starts with a backslash (``\0``), and an empty text is ``\e``.
+as a number starts with a backslash (``\0``), and an empty text is ``\e``. Where even that reads like the dotted key that
+could mean several paths, it starts with a dot (``.a.b``).
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def _escaped_part(part: str | int) -> str:
 
 
 def parse_escaped(text: str) -> Path:
-    """The path of an escaped key."""
+    """The path of an escaped key, which may start with a dot."""
+    text = text[1:] if text.startswith(".") and len(text) > 1 else text
     parts: list[str | int] = []
     if not text:
         return ()
@@ -74,11 +76,18 @@ def display(paths: Iterable[Path]) -> dict[str, Path]:
         return shown
     # Built anew, so that the order of the paths is kept. An escaped key can read like a plain one (a
     # component that holds a backslash), which is then escaped as well.
-    taken = {escaped(path) for group in alike.values() for path in group}
+    forms = {path: _distinct(path, key) for key, group in alike.items() for path in group}
+    taken = set(forms.values())
     out: dict[str, Path] = {}
     for key, path in _in_order(shown, alike):
-        out[escaped(path) if key in alike or key in taken else key] = path
+        out[forms.get(path) or (escaped(path) if key in taken else key)] = path
     return out
+
+
+def _distinct(path: Path, key: str) -> str:
+    """The escaped form of a path, made different from the dotted key that several paths share."""
+    form = escaped(path)
+    return "." + form if form == key else form
 
 
 def _in_order(shown: Mapping[str, Path], alike: Mapping[str, list[Path]]) -> Iterable[tuple[str, Path]]:

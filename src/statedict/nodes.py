@@ -73,7 +73,7 @@ def find(root: Node, key: str | Path) -> Node:
     A prefix selects the keys that begin with it and a dot, without both. Raises ``KeyNotFound`` with the nearest keys.
     """
     found = _by_path(root, key) if isinstance(key, tuple) else _by_dotted(root, key)
-    if found is None and isinstance(key, str) and "\\" in key:
+    if found is None and isinstance(key, str) and ("\\" in key or key.startswith(".")):
         found = _by_path(root, parse_escaped(key))
     if found is None:
         shown = key if isinstance(key, str) else repr(key)
