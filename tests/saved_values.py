@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from argparse import Namespace
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ import statedict
 from statedict import LazyTensor
 from statedict.manifest import NumpyScalar, Opaque, TorchValue
 
-__all__ = ["facts", "found_facts", "found_sharing", "packed", "saved", "sharing"]
+__all__ = ["facts", "found", "found_facts", "found_sharing", "packed", "saved", "sharing"]
 
 _SPARSE_PARTS = {
     torch.sparse_coo: ("indices", "values"),
@@ -120,8 +120,16 @@ def found_facts(value: Any) -> object:
     if isinstance(value, NumpyScalar):
         kind = np.dtype(value.dtype)
         return ("numpy", kind.name, value.data)
-    if isinstance(value, (TorchValue, Opaque)):
+    if isinstance(value, TorchValue):
         return value
+    if isinstance(value, Opaque):
+        return (
+            "opaque",
+            value.type,
+            *(found_facts(part) for part in (value.args, value.state, value.items, value.pairs)),
+        )
+    if isinstance(value, SimpleNamespace):
+        return "namespace", found_facts(vars(value))
     if isinstance(value, dict):
         extra = found_facts(getattr(value, "_metadata", None)) if isinstance(value, OrderedDict) else None
         return type(value).__name__, [(found_facts(key), found_facts(item)) for key, item in value.items()], extra
@@ -158,29 +166,30 @@ def _groups(marks: list[tuple[tuple[object, ...], object]]) -> set[frozenset[tup
 
 
 def sharing(value: Any) -> set[frozenset[tuple[object, ...]]]:
-    """The places of torch's strided tensors, grouped by the storage that they show."""
+    """The places of torch's strided tensors, grouped by the memory that they show: a storage may be a part of another."""
     tensors = [(path, leaf) for path, leaf in _walk(value) if isinstance(leaf, torch.Tensor)]
-    return _groups([
-        (path, leaf.untyped_storage().data_ptr())
+    storages = [
+        (leaf.untyped_storage().data_ptr(), leaf.untyped_storage().nbytes(), path)
         for path, leaf in tensors
         if leaf.layout == torch.strided and leaf.device.type == "cpu" and leaf.untyped_storage().nbytes()
-    ])  # fmt: skip
+    ]
+    marks: list[tuple[tuple[object, ...], object]] = []
+    end = mark = 0
+    for start, nbytes, path in sorted(storages, key=lambda storage: storage[:2]):
+        mark += start >= end
+        end = max(end, start + nbytes)
+        marks.append((path, mark))
+    return _groups(marks)
 
 
 def found_sharing(value: Any) -> set[frozenset[tuple[object, ...]]]:
     """The same of a checkpoint's tree."""
     tensors = [(path, leaf) for path, leaf in _walk(value) if isinstance(leaf, LazyTensor)]
-    return _groups([
-        (path, leaf.entry.view.storage.id)
-        for path, leaf in tensors
-        if leaf.entry.view is not None and leaf.entry.view.storage.nbytes
-    ])  # fmt: skip
+    views = [(path, leaf.entry.view) for path, leaf in tensors]
+    return _groups([(path, view.storage.id) for path, view in views if view is not None and view.storage.nbytes])
 
 
 def found(path: Path) -> object:
     """The plain form of everything in a file, as ours reads it."""
     with statedict.open(path) as checkpoint:
         return found_facts(checkpoint.tree())
-
-
-_ = Counter

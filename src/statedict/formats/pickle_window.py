@@ -8,7 +8,7 @@ from statedict.errors import CorruptFile
 from statedict.io.ranges import File
 from statedict.limits import Limits
 
-__all__ = ["MARGIN", "Window"]
+__all__ = ["DAMAGED", "MARGIN", "Window"]
 
 # How much of a file is read at a time: little at first, because most pickles of a stream are short, then twice as much
 # each time. One MiB is more than the pickle of a few thousand tensors.
@@ -18,6 +18,7 @@ _LARGEST_WINDOW = 1024 * 1024
 _LINE_NBYTES = 64 * 1024
 # The fixed arguments of any instruction fit in this many bytes.
 MARGIN = 9
+DAMAGED = "The file was cut short or damaged: download or copy it again"
 
 
 class Window:
@@ -46,9 +47,7 @@ class Window:
         return self._read + self._pos
 
     def _bad(self, what: str) -> CorruptFile:
-        return CorruptFile(
-            what, path=self.file.path, offset=self.offset, hint="The file is damaged: download or copy it again"
-        )
+        return CorruptFile(what, path=self.file.path, offset=self.offset, hint=DAMAGED)
 
     def _fail(self, what: str) -> NoReturn:
         raise self._bad(what)

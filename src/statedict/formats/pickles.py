@@ -12,10 +12,11 @@ import struct
 from collections.abc import Callable, Mapping
 from itertools import repeat
 
-from statedict.errors import LimitExceeded, StateDictError
+from statedict.errors import CorruptFile, LimitExceeded, StateDictError
 from statedict.formats.constructors import CONSTANTS, CONSTRUCTORS, COPYING, apply_state
 from statedict.formats.pickle_keys import KeyGuard
 from statedict.formats.pickle_literals import Literals
+from statedict.formats.pickle_window import DAMAGED
 from statedict.formats.records import Builder, Global, Unfit
 from statedict.io.ranges import File
 from statedict.limits import DEFAULT_LIMITS, Limits
@@ -24,6 +25,7 @@ from statedict.manifest import Opaque
 __all__ = ["Machine"]
 
 _TOO_SHORT = "the pickle ends in the middle of an instruction"
+_FOUR_BYTES = struct.Struct("<I").unpack_from
 # Memo entries are numbered from 0; the wide instruction has room for no more than this.
 _MOST_MEMO = 2**32
 # Elements that constructors may copy out of what the pickle holds, and how many more for every byte of it.
@@ -70,6 +72,8 @@ class Machine(Literals):
         except StateDictError as error:
             if error.offset is None:
                 error.offset = self.offset
+            if isinstance(error, CorruptFile):
+                error.hint = error.hint or DAMAGED
             raise error.located(self.file.path) from error.__cause__
         except IndexError as error:
             # The window ended (with the file), or the stack did.
@@ -79,7 +83,9 @@ class Machine(Literals):
             ) from error
         except KeyError as error:
             raise self._bad(f"the pickle asks for memo entry {error.args[0]}, which was never stored") from error
-        except (ValueError, TypeError, OverflowError, UnicodeError, struct.error) as error:
+        except struct.error as error:
+            raise self._bad(_TOO_SHORT) from error
+        except (ValueError, TypeError, OverflowError, UnicodeError) as error:
             raise self._bad(f"a pickle instruction can't be carried out ({type(error).__name__})") from error
 
     # ---------------------------------------------------------------- the loop
@@ -93,6 +99,7 @@ class Machine(Literals):
         self._refill()
         stack, memo, marks = self._stack, self._memo, self._marks
         push = stack.append
+        four_bytes = _FOUR_BYTES
         data, pos, floor = self._data, self._pos, self._floor
         guard = self._guard()
         try:
@@ -111,7 +118,7 @@ class Machine(Literals):
                         memo[data[pos]] = stack[-1]
                         pos += 1
                     else:
-                        memo[int.from_bytes(data[pos : pos + 4], "little")] = stack[-1]
+                        memo[four_bytes(data, pos)[0]] = stack[-1]
                         pos += 4
                 elif op == 0x4B:  # BININT1
                     push(data[pos])
@@ -123,7 +130,7 @@ class Machine(Literals):
                     floor = len(stack)
                     marks.append(floor)
                 elif op == 0x58:  # BINUNICODE
-                    end = pos + 4 + int.from_bytes(data[pos : pos + 4], "little")
+                    end = pos + 4 + four_bytes(data, pos)[0]
                     if end <= len(data):
                         push(data[pos + 4 : end].decode("utf-8", "surrogatepass"))
                         pos = end
@@ -364,7 +371,7 @@ class Machine(Literals):
         """What a call gives: our own constructor's value, or a record of the call."""
         if isinstance(function, Global):
             if function.build is not None and isinstance(args, tuple):
-                if function.copies:
+                if function.copies and args:
                     self._weigh(function, args)
                 try:
                     return function.build(args)
@@ -391,7 +398,9 @@ class Machine(Literals):
     def _op_build(self) -> None:
         state = self._pop()
         if isinstance(state, _SIZED):
-            self._spend(sum(len(part) for part in state if isinstance(part, dict)) if type(state) is tuple else len(state))
+            self._spend(
+                sum(len(part) for part in state if isinstance(part, dict)) if type(state) is tuple else len(state)
+            )
         target = self._top()
         self._stack[-1] = apply_state(target, state)
 

@@ -59,6 +59,12 @@ def storage_dtype(storage_class: object) -> DType | None:
 
 def sizes(value: object, what: str) -> tuple[int, ...]:
     """A shape or strides: plain integers from 0 to 2**63 - 1. Raises ``CorruptFile`` for anything else."""
+    if type(value) is tuple and len(value) <= 4:
+        for item in value:
+            if type(item) is not int or not 0 <= item <= _MOST:
+                break
+        else:
+            return value
     items = value.value if isinstance(value, TorchValue) and value.kind == "Size" else value
     if not isinstance(items, (tuple, list)):
         _bad(f"its {what} is no tuple")
@@ -125,17 +131,19 @@ def _rebuild_parameter(args: tuple[object, ...]) -> TensorRecord:
 
 
 def _parameter(args: tuple[object, ...]) -> TensorRecord:
-    """``Parameter(data[, requires_grad])``: torch 0.1 to 0.3 wrote the call, and BUILD with the rest."""
-    if not args or not isinstance(args[0], TensorRecord):
+    """``Parameter([data[, requires_grad]])``: torch 0.1 to 0.3 wrote the call, and BUILD with the rest."""
+    data = args[0] if args else _unbuilt(BY_TORCH["float32"])
+    if not isinstance(data, TensorRecord):
         raise Unfit
-    return _rebuild_parameter((args[0], args[1] if len(args) > 1 else True, None))
+    return _rebuild_parameter((data, args[1] if len(args) > 1 else True, None))
 
 
 def _variable(args: tuple[object, ...]) -> TensorRecord:
-    """``Variable(data)``: torch 0.1 to 0.3."""
-    if len(args) != 1 or not isinstance(args[0], TensorRecord):
+    """``Variable([data])``: torch 0.1 to 0.3."""
+    data = args[0] if args else _unbuilt(BY_TORCH["float32"])
+    if not isinstance(data, TensorRecord):
         raise Unfit
-    return _copied(args[0])
+    return _copied(data)
 
 
 def _copied(record: TensorRecord) -> TensorRecord:
@@ -245,9 +253,7 @@ def _rebuild_nested(args: tuple[object, ...]) -> TensorRecord:
 def _rebuild_meta(args: tuple[object, ...]) -> TensorRecord:
     if len(args) != 4:
         raise Unfit
-    record = TensorRecord(
-        None, dtype_of(args[0]), 0, sizes(args[1], "shape"), sizes(args[2], "stride"), bool(args[3])
-    )
+    record = TensorRecord(None, dtype_of(args[0]), 0, sizes(args[1], "shape"), sizes(args[2], "stride"), bool(args[3]))
     record.device = "meta"
     return record
 
@@ -256,9 +262,7 @@ def _rebuild_wrapper(args: tuple[object, ...]) -> TensorRecord:
     """(class, dtype, size, stride, storage offset, layout, device, requires_grad): a subclass without data of its own."""
     if len(args) != 8 or not isinstance(args[0], Global):
         raise Unfit
-    record = TensorRecord(
-        None, dtype_of(args[1]), 0, sizes(args[2], "shape"), sizes(args[3], "stride"), bool(args[7])
-    )
+    record = TensorRecord(None, dtype_of(args[1]), 0, sizes(args[2], "shape"), sizes(args[3], "stride"), bool(args[7]))
     record.kind, record.layout = args[0].type, "wrapper"
     record.device = str(args[6].value) if isinstance(args[6], TorchValue) else None
     return record
@@ -292,6 +296,13 @@ def _of_array(array: ArrayRecord) -> TensorRecord:
     return TensorRecord(storage, numpy.dtype, 0, array.shape, stride)
 
 
+def _unbuilt(dtype: DType) -> TensorRecord:
+    """A tensor that BUILD will fill; left as it is, it is empty."""
+    record = TensorRecord(None, dtype, 0, (0,), (1,))
+    record.layout = "unbuilt"
+    return record
+
+
 def _unbuilt_tensor(name: str) -> Builder:
     """``torch.FloatTensor()``, filled by BUILD with (storage, offset, size, stride): torch 0.1 to 0.3."""
     dtype = BY_STORAGE.get(name.replace("Tensor", "Storage"), BY_TORCH["float32"])
@@ -299,9 +310,7 @@ def _unbuilt_tensor(name: str) -> Builder:
     def build(args: tuple[object, ...]) -> TensorRecord:
         if args:
             raise Unfit
-        record = TensorRecord(None, dtype, 0, (0,), (1,))
-        record.layout = "unbuilt"
-        return record
+        return _unbuilt(dtype)
 
     return build
 

@@ -186,9 +186,7 @@ def read_pickle_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS)
 
 
 def _refuse(pid: object) -> object:
-    raise CorruptFile(
-        "the pickle names a value outside itself (a persistent id), and there is none", found=shown(pid)
-    )
+    raise CorruptFile("the pickle names a value outside itself (a persistent id), and there is none", found=shown(pid))
 
 
 def _nested_storage(file: File, args: tuple[object, ...], limits: Limits) -> StorageRef:

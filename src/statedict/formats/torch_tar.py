@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import islice
 from typing import cast
 
-from statedict.errors import CorruptFile
+from statedict.errors import CorruptFile, one_line
 from statedict.formats.pickles import Machine
 from statedict.formats.records import Global, StorageRef, TensorRecord, shown
 from statedict.formats.tensor_constructors import storage_dtype
@@ -27,7 +28,9 @@ from statedict.manifest import Extent, FileFact, Manifest, Storage
 
 __all__ = ["members", "read_manifest"]
 
-_DAMAGED = "The archive is damaged: download or copy it again"
+# A checkpoint has four.
+_MOST_MEMBERS = 1000
+_DAMAGED = "The archive was cut short or damaged: download or copy it again"
 
 
 class _Reader(io.RawIOBase):
@@ -53,7 +56,7 @@ class _Reader(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         left = max(0, self._file.nbytes - self._pos)
         count = left if size is None or size < 0 else min(size, left)
-        data = self._file.read(self._pos, count)
+        data = self._file.read(self._pos, count) if count else b""
         self._pos += count
         return data
 
@@ -68,13 +71,16 @@ def members(file: File) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(fileobj=cast("io.BufferedReader", _Reader(file)), mode="r:") as archive:
-            for member in archive:
+            # Members are counted, not names: a size below zero leads back to a header that was there before.
+            for member in islice(archive, _MOST_MEMBERS):
                 if member.isreg() and not member.issparse():
                     found.setdefault(member.name.removeprefix("./"), (member.offset_data, member.size))
-                if len(found) > 1000:
-                    break
-    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        raise CorruptFile(f"the tar archive can't be read: {error}", path=file.path, hint=_DAMAGED) from error
+    except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
+        # tarfile recurses where one header belongs to the next one.
+        reason = "its headers are nested" if isinstance(error, RecursionError) else one_line(error)
+        raise CorruptFile(
+            f"the tar archive can't be read: {reason}", path=file.path, found=f"{file.nbytes} bytes", hint=_DAMAGED
+        ) from error
     return found
 
 
@@ -89,7 +95,10 @@ def read_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS) -> Man
     for name in ("storages", "tensors", "pickle"):
         if name not in places:
             raise CorruptFile(
-                f"the tar archive has no member '{name}'", path=file.path, hint="It is no torch checkpoint: unpack it"
+                f"the tar archive has no member '{name}'",
+                path=file.path,
+                found=f"an archive of {file.nbytes} bytes",
+                hint=_DAMAGED,
             )
         parts[name] = (Slice(file, *places[name], name), places[name][0])
     storages, refs = _Storages(*parts["storages"], limits).read()
@@ -172,9 +181,7 @@ def _none(pid: object) -> object:
 def _count(value: object, file: File) -> int:
     """A number of records, each of which takes at least one byte."""
     if type(value) is not int or not 0 <= value <= file.nbytes:
-        raise CorruptFile(
-            "a member begins with no proper count", path=file.path, found=shown(value), hint=_DAMAGED
-        )
+        raise CorruptFile("a member begins with no proper count", path=file.path, found=shown(value), hint=_DAMAGED)
     return value
 
 

@@ -20,6 +20,7 @@ from statedict.formats import zips
 from statedict.formats.pickles import Machine
 from statedict.formats.records import StorageRef, shown
 from statedict.formats.tensor_constructors import storage_dtype
+from statedict.formats.torchscript import class_sources
 from statedict.formats.value_tree import Tree, TreeBuilder
 from statedict.io.ranges import File, MemoryFile
 from statedict.limits import DEFAULT_LIMITS, Limits
@@ -58,7 +59,9 @@ def read_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS) -> Man
     byteorder = _byteorder(file, records, limits)
     metadata, digests, stale = _own_record(file, records, limits)
     storages = _storages(file, records, refs, byteorder, digests)
-    tree = TreeBuilder(lambda ref: _storage(file, ref, storages), limits, path=file.path).build(value)
+    sources = class_sources(file, records, limits) if "constants.pkl" in records else {}
+    builder = TreeBuilder(lambda ref: _storage(file, ref, storages), limits, path=file.path, sources=sources)
+    tree = builder.build(value)
     return Manifest(
         "torchscript" if "constants.pkl" in records else "torch-zip",
         (FileFact(file.path, file.nbytes),),
