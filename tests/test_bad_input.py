@@ -107,6 +107,7 @@ BAD: list[tuple[str, bytes, list[str]]] = [
     ("m.pth", b"Entry not found", ['a text ("Entry not found")']),
     ("m.pth", "Bitte anmelden".encode("utf-16"), ['a text ("Bitte anmelden")']),
     ("m.pth", ("é" * 20_000).encode(), ['a text ("éé']),
+    ("m.txt", b"\n\n  \n", ["white space alone"]),
     ("m.pth", b"P", ["cut short", "a zip archive", "found 1 bytes"]),
     ("m.npy", b"\x93NUM", ["cut short", "an array of numpy's", "found 4 bytes"]),
     ("m.safetensors", b"\x40\x00\x00", ["cut short", "a safetensors file", "found 3 bytes"]),

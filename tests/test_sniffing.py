@@ -116,6 +116,10 @@ def test_a_pickle_is_told_in_every_protocol(value: object, protocol: int) -> Non
     assert "pickle" == kind_of(pickle.dumps(value, protocol))
 
 
+def test_a_long_pickle_is_not_interpreted_to_its_end_to_be_told() -> None:
+    assert "pickle" == kind_of(pickle.dumps((1,) * 1_100_000, 0)[:-1])
+
+
 @pytest.mark.parametrize(
     "text",
     [

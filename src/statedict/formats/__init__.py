@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from statedict.errors import FormatError, StateDictError, UnknownFormat
+from statedict.errors import FormatError, LimitExceeded, StateDictError, UnknownFormat
 from statedict.io.ranges import File
 from statedict.limits import DEFAULT_LIMITS, Limits
 from statedict.manifest import Finding, Manifest
@@ -28,6 +28,12 @@ _TAR_MEMBERS = frozenset({"sys_info", "pickle", "tensors", "storages"})
 # How pickles of protocols 0 and 1 begin that hold more than a number or a text.
 _OLD_PICKLE = re.compile(
     rb"\([dlt]p\d+\r?\n|[\]})]q[\x00-\x08]|c(?:copy_reg|copyreg|__builtin__|builtins|collections|numpy[\w.]*|torch[\w.]*)\n\w+\n"
+)
+
+# Instructions of what may be a text or a pickle that are carried out to tell: no text passes for so many of them.
+_MOST_GUESSED = 1_000_000
+_DISTRIBUTED = (
+    "Turn its folder into one file: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
 )
 
 # What an extension promises; one that isn't here promises nothing.
@@ -94,7 +100,7 @@ def _zip(file: File, head: bytes, limits: Limits) -> str:
         raise UnknownFormat(
             "this is one file of a distributed checkpoint, which can't be opened yet",
             path=file.path,
-            hint="Turn its folder into one file: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE",
+            hint=_DISTRIBUTED,
         )
     # torch.save writes this entry first: the directory need not be read twice.
     if re.match(rb"[^/]*/data\.pkl$", head[30 : 30 + int.from_bytes(head[26:28], "little")]):
@@ -124,13 +130,16 @@ def _tar(file: File) -> str:
 
 
 def _is_pickle(file: File, head: bytes, limits: Limits) -> bool:
-    """Whether the file is a pickle. Below protocol 2 it has no mark, so what may be a text must be one from end to end."""
+    """Whether the file is a pickle.
+
+    Below protocol 2 it has no mark: what may be a text must be a pickle from end to end, or for a million instructions.
+    """
     if head[:1] == b"\x80" and (len(head) == 1 or head[1] <= 5):
         if b"torch.distributed.checkpoint.metadata" in head:
             raise UnknownFormat(
                 "this is the description of a distributed checkpoint, which can't be opened yet",
                 path=file.path,
-                hint="Turn its folder into one file: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE",
+                hint=_DISTRIBUTED,
             )
         return True
     if _OLD_PICKLE.match(head):
@@ -140,9 +149,12 @@ def _is_pickle(file: File, head: bytes, limits: Limits) -> bool:
         return False
     from statedict.formats.pickles import Machine
 
-    machine = Machine(file, persistent=lambda pid: pid, limits=limits, keep_blobs=True)
+    guessed = limits._replace(opcodes=min(limits.opcodes, _MOST_GUESSED))
+    machine = Machine(file, persistent=lambda pid: pid, limits=guessed, keep_blobs=True)
     try:
         machine.run()
+    except LimitExceeded:
+        return True
     except StateDictError:
         return False
     return machine.offset == file.nbytes

@@ -166,6 +166,8 @@ def _by_text(file: File, head: bytes) -> FormatError | None:
     text = _text(head, file.nbytes > len(head))
     if text is None:
         return None
+    if not text:
+        return UnknownFormat("the file begins with white space alone", path=file.path, hint=_AGAIN)
     if text.startswith("version https://git-lfs"):
         size = re.search(r"^size (\d{1,18})$", text, re.MULTILINE)
         what = "a git-lfs pointer" + (f" to a file of {int(size[1]):,} bytes" if size else "")
@@ -190,7 +192,7 @@ def _text(head: bytes, more: bool) -> str | None:
             return None
         text = head[: error.start].decode(encoding)
     text = text.lstrip()
-    return text if text and not re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]", text) else None
+    return text if not re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]", text) else None
 
 
 def _quoted(text: str) -> str:
