@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from functools import cache
+from math import frexp, hypot, isfinite, ldexp, sqrt
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ __all__ = [
     "gather",
     "numpy_dtype",
     "quiet",
+    "swapped",
     "to_packed_bytes",
 ]
 
@@ -79,10 +81,12 @@ def gather(
     Big-endian values are turned, conjugate ("c") and negative ("n") bits are carried out.
     """
     kind = numpy_dtype(dtype)
-    flat = np.frombuffer(raw, kind, reach(shape, stride))
+    # numpy's stride tricks don't know the names of ml_dtypes' kinds.
+    plain = kind if kind.isbuiltin == 1 else np.dtype(f"u{kind.itemsize}")
+    flat = np.frombuffer(raw, plain, reach(shape, stride))
     # The stride of a single element is never taken, and may be too large for numpy.
     steps = [step * kind.itemsize if size > 1 else 0 for size, step in zip(shape, stride)]
-    seen = np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)
+    seen = np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False).view(kind)
     if byteorder == "big" and dtype.swap > 1:
         seen = seen.byteswap()
     out[...] = seen
@@ -97,6 +101,11 @@ def _negate_imaginary(values: Array) -> None:
         values["imag"] = -values["imag"]
     else:
         np.conjugate(values, out=values)
+
+
+def swapped(data: bytes | memoryview, dtype: DType) -> memoryview:
+    """A copy of big-endian values as little-endian ones."""
+    return to_packed_bytes(np.frombuffer(data, f"u{dtype.swap}").byteswap())
 
 
 def to_packed_bytes(values: Array) -> memoryview:
@@ -115,6 +124,8 @@ _FIGURE_VALUES = 512 * 1024
 _FIGURE_NBYTES = 4 * 1024 * 1024
 # float32 sums of squares are safe for values between these; others are summed in float64.
 _LARGE, _SMALL = 1e15, 1e-12
+# Sums of squares of a block are safe in float64 up to the first, and say something from a spread of the second on.
+_HUGE, _TINY = 1e150, 1e-140
 # How much farther from the pivot than spread about it the mean of a block may be, before the pivot is moved to it.
 _FAR = 64.0
 # Elements whose squares are summed in float32 at once: 64 Ki of them gave errors of 6e-6, 8 Ki give a tenth.
@@ -157,10 +168,11 @@ class Tally:
 
     Minimum and maximum are of all values but NaN; mean and standard deviation (of the whole population) of the finite ones. They
     are summed about a moving pivot, in float32 for blocks of float32 and below, and combined in float64 (Chan, Golub and LeVeque,
-    "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979).
+    "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979). Deviations are combined without their
+    squares, which the largest and smallest numbers of float64 don't have.
     """
 
-    __slots__ = ("_dtype", "_kind", "_zero", "count", "high", "inf", "low", "m2", "mean", "nan", "numel", "zeros")
+    __slots__ = ("_dtype", "_kind", "_zero", "count", "high", "inf", "low", "mean", "nan", "numel", "std", "zeros")
 
     def __init__(self, dtype: DType, zero: int = 0) -> None:
         """``zero`` is the number that stands for nought in a quantised tensor."""
@@ -170,7 +182,7 @@ class Tally:
         self.numel = 0
         self.count = 0  # finite values
         self.mean: Any = 0.0
-        self.m2 = 0.0  # sum of the squared distances from the mean
+        self.std = 0.0  # of those
         self.low: Any = None
         self.high: Any = None
         self.zeros = 0
@@ -193,7 +205,7 @@ class Tally:
         elif self._dtype.kind in ("int", "uint", "quantized", "bits"):
             self._integers(np.frombuffer(block, self._kind), scratch)
         elif self._dtype.kind == "complex":
-            self._complex(block)
+            self._complex(block, scratch)
         elif code == "F64":
             self._floats(np.frombuffer(block, self._kind), scratch)
         else:
@@ -245,33 +257,29 @@ class Tally:
             if not len(finite):
                 return
             values, low, high = finite, float(finite.min()), float(finite.max())
-        self._moments(values, low, high, scratch)
+        self._combine(len(values), *_moments(values, low, high, self._guess(low, high), scratch))
+
+    def _guess(self, low: float, high: float) -> float:
+        """A number that the mean of values between those two may be near."""
+        return self.mean if self.count and low <= self.mean <= high else low / 2 + high / 2
 
     def _extremes(self, low: Any, high: Any) -> None:
         self.low = low if self.low is None or low < self.low else self.low
         self.high = high if self.high is None or high > self.high else self.high
 
-    def _moments(self, values: Array, low: float, high: float, scratch: Scratch) -> None:
-        """Mean and spread of a block of finite values."""
-        largest = max(-low, high)
-        if low == high:
-            self._combine(len(values), low, 0.0)
+    def _combine(self, count: int, mean: Any, std: float) -> None:
+        if not self.count:
+            self.count, self.mean, self.std = count, mean, std
             return
-        kind = values.dtype.type
-        if kind is np.float32 and not (_SMALL < largest < _LARGE and high - low > 1e-4 * largest):
-            # Too large, too small, or too near each other for sums in float32.
-            values, kind = values.astype(np.float64), np.float64
-        pivot = self.mean if self.count and low <= self.mean <= high else low / 2 + high / 2
-        mean, m2 = _about(values, kind(pivot), scratch)
-        if len(values) * (mean - pivot) ** 2 > _FAR * m2:
-            mean, m2 = _about(values, kind(mean), scratch)
-        self._combine(len(values), mean, m2)
-
-    def _combine(self, count: int, mean: Any, m2: float) -> None:
         total = self.count + count
+        old, new = self.count / total, count / total
+        weight = sqrt(old * new)
         apart = mean - self.mean
-        self.mean = self.mean + apart * (count / total)
-        self.m2 += m2 + abs(apart) ** 2 * (self.count * (count / total))
+        if isfinite(apart.real) and isfinite(apart.imag):
+            self.mean, distance = self.mean + apart * new, apart * weight
+        else:
+            self.mean, distance = self.mean * old + mean * new, mean * weight - self.mean * weight
+        self.std = hypot(self.std * sqrt(old), std * sqrt(new), distance.real, distance.imag)
         self.count = total
 
     def _integers(self, values: Array, scratch: Scratch) -> None:
@@ -281,7 +289,8 @@ class Tally:
         self._extremes(low, high)
         floats = scratch.values(len(values), np.float64)
         np.copyto(floats, values, casting="unsafe")
-        self._moments(floats, float(low), float(high), scratch)
+        lowest, highest = float(low), float(high)
+        self._combine(len(values), *_moments(floats, lowest, highest, self._guess(lowest, highest), scratch))
 
     def _bools(self, values: Array) -> None:
         ones = int(np.count_nonzero(values))
@@ -289,9 +298,9 @@ class Tally:
         self.numel += count
         self.zeros += count - ones
         self._extremes(int(ones == count), int(ones > 0))
-        self._combine(count, ones / count, ones * (count - ones) / count)
+        self._combine(count, ones / count, sqrt(ones * (count - ones)) / count)
 
-    def _complex(self, block: memoryview) -> None:
+    def _complex(self, block: memoryview, scratch: Scratch) -> None:
         part = {"C32": "<f2", "C64": "<f4", "C128": "<f8"}[self._dtype.code]
         pairs: Array = np.frombuffer(block, part).astype(np.float64).reshape(-1, 2)
         self.numel += len(pairs)
@@ -301,16 +310,20 @@ class Tally:
         self.zeros += int(np.count_nonzero((pairs == 0).all(axis=1)))
         finite = pairs[np.isfinite(pairs).all(axis=1)]
         if len(finite):
-            real, imag = finite.mean(axis=0)
-            spread = ((finite - (real, imag)) ** 2).sum()
-            self._combine(len(finite), complex(real, imag), float(spread))
+            means, stds = [], []
+            for numbers in np.ascontiguousarray(finite.T):
+                low, high = float(numbers.min()), float(numbers.max())
+                mean, std = _moments(numbers, low, high, low / 2 + high / 2, scratch)
+                means.append(mean)
+                stds.append(std)
+            self._combine(len(finite), complex(*means), hypot(*stds))
 
     def merge(self, other: Tally) -> None:
         """Take in what another has of the same tensor."""
         if other.low is not None:
             self._extremes(other.low, other.high)
         if other.count:
-            self._combine(other.count, other.mean, other.m2)
+            self._combine(other.count, other.mean, other.std)
         self.numel += other.numel
         self.zeros += other.zeros
         self.nan += other.nan
@@ -318,9 +331,32 @@ class Tally:
 
     def figures(self) -> dict[str, Any]:
         """min, max, mean, std, zeros, nan and inf; the first four None where no value has them."""
-        mean, std = (self.mean, (self.m2 / self.count) ** 0.5) if self.count else (None, None)
+        mean, std = (self.mean, self.std) if self.count else (None, None)
         counts = {"zeros": self.zeros, "nan": self.nan, "inf": self.inf}
         return {"min": self.low, "max": self.high, "mean": mean, "std": std, **counts}
+
+
+def _moments(values: Array, low: float, high: float, guess: float, scratch: Scratch) -> tuple[float, float]:
+    """Mean and deviation of a block of finite values between those two; ``guess`` is a number near the mean."""
+    if low == high:
+        return low, 0.0
+    largest = max(-low, high)
+    kind, exponent = values.dtype.type, 0
+    if kind is np.float32 and not (_SMALL < largest < _LARGE and high - low > 1e-4 * largest):
+        # Too large, too small, or too near each other for sums in float32.
+        values, kind = values.astype(np.float64), np.float64
+    if largest > _HUGE or high - low < _TINY:
+        # Their squares are beyond float64: nothing changes but the exponent.
+        exponent = frexp(largest)[1]
+        values, guess = np.ldexp(values.astype(np.float64), -exponent), ldexp(guess, -exponent)
+        kind = np.float64
+    mean, m2 = _about(values, kind(guess), scratch)
+    if len(values) * (mean - guess) ** 2 > _FAR * m2:
+        mean, m2 = _about(values, kind(mean), scratch)
+    # No mean is beyond the extremes and no deviation beyond half of the range, whatever was rounded.
+    mean = min(max(mean, ldexp(low, -exponent)), ldexp(high, -exponent))
+    std = min(sqrt(m2 / len(values)), ldexp(largest, -exponent))
+    return ldexp(mean, exponent), ldexp(std, exponent)
 
 
 def _about(values: Array, pivot: Any, scratch: Scratch) -> tuple[float, float]:

@@ -1,24 +1,26 @@
 """The figures of a checkpoint's values: every byte is read once, in blocks that fit the cache, by two threads.
 
-Tied tensors are read once. Of dimensions that only repeat (a stride of 0) one step is read, so that a view that claims a
-terabyte costs what it holds.
+Tied tensors are read once. The order of the values doesn't matter here, so the dimensions of a view are taken in the order of
+its storage: a transposed tensor is read as if it weren't. Of dimensions that only repeat (a stride of 0) one step is
+read, so that a view that claims a terabyte costs what it holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from math import prod
+from itertools import chain
+from math import isfinite, prod
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
 from statedict.checkpoint import Checkpoint
-from statedict.errors import StateDictError
 from statedict.io.ranges import read_many
+from statedict.io.storages import StorageReader
 from statedict.keys import Path
-from statedict.lazy_tensor import LazyTensor
 from statedict.manifest import Finding, TensorEntry
 from statedict.ops.findings import named
 from statedict.report.units import plural
+from statedict.views import boxes, is_packed, packed_stride
 
 if TYPE_CHECKING:
     from statedict.numerics import Scratch, Tally
@@ -31,51 +33,88 @@ _THREADS = 2
 _PIECE_NBYTES = 8 * 1024 * 1024
 # Bytes up to which a tensor is read together with its neighbours: each read of its own costs more than its bytes.
 _SMALL_NBYTES = 64 * 1024
+# Zero points are numbers of the stored type, of 32 bits at most.
+_ZERO_POINTS = range(-(2**31), 2**31)
+
+# Why a view whose elements overlap too often isn't counted.
+_UNFOLDED = "it unfolds into more bytes than the limit expanded_bytes allows"
 
 Figures = Mapping[str, object]
 Progress = Callable[[int, int], None]
 
 
 class _Item:
-    """One distinct tensor: the paths that show it, what is read of it, and how often each value stands for itself."""
+    """One distinct tensor: the paths that show it, what is read of it, and how often each value stands for itself.
 
-    __slots__ = ("entry", "paths", "repeats", "scale", "tallies", "tensor", "zero")
+    ``shape`` and ``stride`` (elements) have the longest stride first, ``(n,)`` and ``(1,)`` where the values are one run.
+    """
 
-    def __init__(self, path: Path, entry: TensorEntry, checkpoint: Checkpoint) -> None:
+    __slots__ = (
+        "bits",
+        "dtype",
+        "nbytes",
+        "offset",
+        "paths",
+        "repeats",
+        "scale",
+        "shape",
+        "storage",
+        "stride",
+        "tallies",
+        "zero",
+    )
+
+    def __init__(self, path: Path, entry: TensorEntry) -> None:
         self.paths = [path]
-        self.scale = 1.0
-        self.zero = 0
+        self.scale, self.zero = 1.0, 0
         if entry.layout == "quantized":
             self.scale, self.zero, entry = _quantized(entry)
-        repeated = entry.view.stride if entry.view is not None else ()
-        shape = tuple(1 if step == 0 and size else size for size, step in zip(entry.shape, repeated)) or entry.shape
-        self.repeats = prod(entry.shape) // prod(shape) if prod(shape) else 1
-        self.entry = entry._replace(shape=shape)
-        self.tensor = LazyTensor(self.entry, checkpoint)
-        self.tallies: dict[int, Tally] = {}  # by the offset of the piece
+        view = entry.view
+        assert view is not None
+        self.dtype = entry.dtype
+        self.storage, self.offset, self.bits = view.storage, view.offset, view.bits
+        once = [(step, size) for step, size in zip(view.stride, entry.shape) if size == 0 or (step and size > 1)]
+        once.sort(reverse=True)
+        self.stride, self.shape = tuple(step for step, _ in once), tuple(size for _, size in once)
+        numel = prod(self.shape)
+        self.nbytes = numel * self.dtype.itemsize
+        self.repeats = entry.numel // numel if numel else 1
+        if is_packed(self.shape, self.stride):
+            self.shape, self.stride = (numel,), (1,)
+        self.tallies: dict[int, Tally] = {}  # by the number of the piece
 
     @property
-    def is_raw(self) -> bool:
-        """Whether its values are a range of a file as they are."""
-        view = self.entry.view
-        extent = view.storage.extent if view is not None else None
-        return self.tensor.is_plain and extent is not None and extent.codec == "raw" and self.entry.numel > 0
+    def is_run(self) -> bool:
+        """Whether the values are one run of bytes of the storage, save for their byte order."""
+        return self.stride == (1,) and not self.bits
 
     @property
-    def place(self) -> tuple[int, int]:
-        """The number of the file, and the offset in it, of such a range."""
-        view = self.entry.view
-        assert view is not None and view.storage.extent is not None
-        return view.storage.extent.file, view.storage.extent.offset + self.tensor.plain_range()[0]
+    def is_wrapped(self) -> bool:
+        """Whether the storage is compressed, so that it can be read forwards only."""
+        extent = self.storage.extent
+        return self.storage.data is None and extent is not None and extent.codec != "raw"
 
-    def figures(self, empty: Tally) -> dict[str, object]:
-        """The figures of all pieces together, in their order: the same whichever thread was faster."""
-        for _, tally in sorted(self.tallies.items()):
-            empty.merge(tally)
-        made = empty.figures()
+    @property
+    def is_near(self) -> bool:
+        """Whether it is a small run of a file's own bytes, to be read together with its neighbours."""
+        here = self.storage.extent is not None and not self.is_wrapped
+        return self.is_run and here and 0 < self.nbytes <= _SMALL_NBYTES
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """File, position of the storage in it, and offset in the storage in bytes: what is read in this order is read forwards."""
+        extent = self.storage.extent
+        first = self.offset * self.dtype.itemsize
+        return (-1, 0, first) if extent is None else (extent.file, extent.offset, first)
+
+    def figures(self, tally: Tally) -> dict[str, object]:
+        """The figures of all pieces, put together in an empty tally by number: the same whichever thread was faster."""
+        for _, part in sorted(self.tallies.items()):
+            tally.merge(part)
+        made = tally.figures()
         for name in ("zeros", "nan", "inf"):
             made[name] *= self.repeats
-        if self.entry.dtype.kind == "quantized" and empty.count:
+        if self.dtype.kind == "quantized" and tally.count:
             for name in ("min", "max", "mean"):
                 made[name] = (made[name] - self.zero) * self.scale
             made["std"] *= self.scale
@@ -83,10 +122,12 @@ class _Item:
 
 
 class _Piece(NamedTuple):
-    """A range of a tensor's packed bytes; the whole of one that must be gathered."""
+    """A part of an item that is read by one thread: its number, and the view that it is."""
 
     item: _Item
+    number: int
     offset: int
+    shape: tuple[int, ...]
     nbytes: int
 
 
@@ -104,7 +145,7 @@ def statistics_of(
     _Workers(items, checkpoint, on_progress).run()
     found: dict[Path, Figures] = {}
     for item in items:
-        figures = item.figures(Tally(item.entry.dtype, item.zero))
+        figures = item.figures(Tally(item.dtype, item.zero))
         found.update((path, figures) for path in item.paths)
     return found, findings
 
@@ -129,11 +170,9 @@ def _items(checkpoint: Checkpoint) -> tuple[list[_Item], tuple[Finding, ...]]:
         if reason:
             without.setdefault(reason, []).append(key)
             continue
-        item = _Item(path, entry, checkpoint)
-        try:
-            item.tensor.check_readable()
-        except StateDictError as error:
-            without.setdefault(error.what, []).append(key)
+        item = _Item(path, entry)
+        if item.nbytes - item.storage.nbytes > checkpoint.limits.expanded_bytes:
+            without.setdefault(_UNFOLDED, []).append(key)
         else:
             seen[mark] = item
     findings = tuple(
@@ -150,14 +189,18 @@ def _reason(entry: TensorEntry) -> str:
     if entry.device == "meta" and entry.view is None:
         return "saved from the meta device, without values"
     if entry.layout == "quantized":
-        per_tensor = (
-            isinstance(entry.attributes.get("scale"), float) and type(entry.attributes.get("zero_point")) is int
-        )
-        known = per_tensor and "int_repr" in entry.parts and entry.parts["int_repr"].dtype.numpy
-        return "" if known else "quantized, with a scale for each channel or numbers smaller than a byte"
+        scale, zero = entry.attributes.get("scale"), entry.attributes.get("zero_point")
+        part = entry.parts.get("int_repr")
+        if not isinstance(scale, float) or type(zero) is not int or not _has_values(part):
+            return "quantized, with a scale for each channel or numbers smaller than a byte"
+        return "" if isfinite(scale) and scale > 0 and zero in _ZERO_POINTS else "quantized, with an impossible scale"
     if entry.view is None:
         return f"{entry.layout}: look at its parts"
-    return "" if entry.dtype.numpy else f"no arrays of {entry.dtype}"
+    return "" if _has_values(entry) else f"no arrays of {entry.dtype}"
+
+
+def _has_values(entry: TensorEntry | None) -> bool:
+    return entry is not None and entry.view is not None and entry.dtype.numpy != ""
 
 
 def _quantized(entry: TensorEntry) -> tuple[float, int, TensorEntry]:
@@ -167,33 +210,49 @@ def _quantized(entry: TensorEntry) -> tuple[float, int, TensorEntry]:
     return scale, zero, entry.parts["int_repr"]
 
 
-def _jobs(items: list[_Item]) -> Iterator[list[_Piece]]:
-    """What a thread takes at a time."""
-    small: list[_Piece] = []
+def _small_jobs(items: list[_Item]) -> Iterator[list[_Piece]]:
+    """Many small tensors at a time."""
+    job: list[_Piece] = []
     nbytes = 0
     for item in items:
-        size = item.tensor.nbytes
-        if size <= _SMALL_NBYTES:
-            small.append(_Piece(item, 0, size))
-            nbytes += size
-            if nbytes >= _PIECE_NBYTES:
-                yield small
-                small, nbytes = [], 0
-        elif item.tensor.is_plain:
-            for offset in range(0, size, _PIECE_NBYTES):
-                yield [_Piece(item, offset, min(_PIECE_NBYTES, size - offset))]
-        else:
-            yield [_Piece(item, 0, size)]
-    yield small
+        job.append(_Piece(item, 0, item.offset, item.shape, item.nbytes))
+        nbytes += item.nbytes
+        if nbytes >= _PIECE_NBYTES:
+            yield job
+            job, nbytes = [], 0
+    if job:
+        yield job
+
+
+def _large_jobs(items: list[_Item]) -> Iterator[list[_Piece]]:
+    """A part of a large tensor at a time; the whole of one that is compressed: each thread would unwrap what others read."""
+    for item in items:
+        if item.is_wrapped:
+            yield [_Piece(item, 0, item.offset, item.shape, item.nbytes)]
+            continue
+        cut = _cut(item.shape, item.stride, _PIECE_NBYTES // item.dtype.itemsize)
+        for number, (offset, shape) in enumerate(cut):
+            yield [_Piece(item, number, item.offset + offset, shape, item.dtype.nbytes(prod(shape)))]
+
+
+def _cut(shape: tuple[int, ...], stride: tuple[int, ...], most: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """A view in parts that show at most ``most`` elements: the offset of each in elements, and its shape."""
+    for part in boxes(shape, packed_stride(shape), most):
+        yield sum(place.start * step for place, step in zip(part.where, stride)), part.shape
 
 
 class _Workers:
     """The threads, of which the caller's is one, and what they share."""
 
     def __init__(self, items: list[_Item], checkpoint: Checkpoint, on_progress: Progress | None) -> None:
-        self._jobs = _jobs(items)
-        self._total = sum(item.tensor.nbytes for item in items)
-        self._reader = checkpoint.reader
+        items = sorted(items, key=lambda item: item.place)
+        large = [item for item in items if item.nbytes > _SMALL_NBYTES]
+        # Small tensors cost the interpreter more than the arrays: two threads would only wait for each other.
+        self._small = _small_jobs([item for item in items if item.nbytes <= _SMALL_NBYTES])
+        self._large = _large_jobs(large)
+        self._is_shared = sum(item.nbytes for item in large) > _PIECE_NBYTES
+        self._total = sum(item.nbytes for item in items)
+        self._files = checkpoint.reader.files
         self._on_progress = on_progress
         self._lock = Lock()
         self._done = 0
@@ -201,13 +260,12 @@ class _Workers:
 
     def run(self) -> None:
         """Take in every piece. What one thread raises ends both."""
-        others = [Thread(target=self._quietly, name="statedict-figures", daemon=True) for _ in range(_THREADS - 1)]
-        if self._total <= _PIECE_NBYTES:
-            others = []
+        count = _THREADS - 1 if self._is_shared else 0
+        others = [Thread(target=self._quietly, name="statedict-figures", daemon=True) for _ in range(count)]
         for thread in others:
             thread.start()
         try:
-            self._work()
+            self._work(chain(self._small, self._large))
         except BaseException as error:
             self._error = self._error or error
             raise
@@ -219,72 +277,79 @@ class _Workers:
 
     def _quietly(self) -> None:
         try:
-            self._work()
+            self._work(self._large)
         except BaseException as error:
             self._error = self._error or error
 
-    def _work(self) -> None:
+    def _work(self, jobs: Iterator[list[_Piece]]) -> None:
         from statedict.numerics import Scratch, quiet
 
-        scratch = Scratch()
+        # A reader of its own: it remembers how far the last compressed storage was unwrapped.
+        reader, scratch = StorageReader(self._files), Scratch()
         with quiet():
             while self._error is None:
                 with self._lock:
-                    job = next(self._jobs, None)
+                    job = next(jobs, None)
                 if job is None:
                     return
-                self._carry_out(job, scratch)
-
-    def _carry_out(self, job: list[_Piece], scratch: Scratch) -> None:
-        from statedict.numerics import Tally
-
-        together = (
-            [piece for piece in job if piece.nbytes <= _SMALL_NBYTES and piece.item.is_raw] if len(job) > 1 else []
-        )
-        near = dict(zip(map(id, together), self._read(together)))
-        for piece in job:
-            tally = Tally(piece.item.entry.dtype, piece.item.zero)
-            data = near.get(id(piece))
-            if data is not None:
-                tally.add(memoryview(data), scratch)
-            elif piece.nbytes:
-                self._take_in(piece, tally, scratch)
-            piece.item.tallies[piece.offset] = tally
-        with self._lock:
-            self._done += sum(piece.nbytes for piece in job)
-            done = self._done
-        if self._on_progress is not None:
-            self._on_progress(done, self._total)
-
-    def _read(self, pieces: list[_Piece]) -> list[bytes]:
-        """The bytes of many small tensors of one file, near ones read at once."""
-        ranges: dict[int, list[tuple[int, int]]] = {}
-        for piece in pieces:
-            file, offset = piece.item.place
-            ranges.setdefault(file, []).append((offset, piece.nbytes))
-        found = {file: iter(read_many(self._reader.files[file], wanted)) for file, wanted in ranges.items()}
-        return [next(found[piece.item.place[0]]) for piece in pieces]
-
-    def _take_in(self, piece: _Piece, tally: Tally, scratch: Scratch) -> None:
-        tensor = piece.item.tensor
-        if not tensor.is_plain:
-            for block in tensor.blocks():
-                _add(tally, block, scratch)
-            return
-        view = tensor.entry.view
-        assert view is not None
-        first = tensor.plain_range()[0] + piece.offset
-        if view.storage.data is not None:
-            _add(tally, memoryview(view.storage.data)[first : first + piece.nbytes], scratch)
-            return
-        buffer = scratch.buffer[: tally.block_nbytes]
-        for start in range(0, piece.nbytes, len(buffer)):
-            part = buffer[: min(len(buffer), piece.nbytes - start)]
-            self._reader.read_into(view.storage, first + start, part)
-            tally.add(part, scratch)
+                _carry_out(job, reader, scratch)
+                with self._lock:
+                    self._done += sum(piece.nbytes for piece in job)
+                    if self._on_progress is not None:
+                        self._on_progress(self._done, self._total)
 
 
-def _add(tally: Tally, data: memoryview, scratch: Scratch) -> None:
-    most = tally.block_nbytes
-    for start in range(0, len(data), most):
-        tally.add(data[start : start + most], scratch)
+def _carry_out(job: list[_Piece], reader: StorageReader, scratch: Scratch) -> None:
+    from statedict.numerics import Tally
+
+    together = [piece for piece in job if piece.item.is_near] if len(job) > 1 else []
+    near = dict(zip(map(id, together), _read(together, reader)))
+    for piece in job:
+        tally = Tally(piece.item.dtype, piece.item.zero)
+        data = near.get(id(piece))
+        for block in [_little(memoryview(data), piece.item)] if data else _blocks(piece, tally, reader, scratch):
+            tally.add(block, scratch)
+        piece.item.tallies[piece.number] = tally
+
+
+def _read(pieces: list[_Piece], reader: StorageReader) -> list[bytes]:
+    """The bytes of many small tensors, near ones read at once."""
+    ranges: dict[int, list[tuple[int, int]]] = {}
+    for piece in pieces:
+        file, storage, first = piece.item.place
+        ranges.setdefault(file, []).append((storage + first, piece.nbytes))
+    found = {file: iter(read_many(reader.files[file], wanted)) for file, wanted in ranges.items()}
+    return [next(found[piece.item.place[0]]) for piece in pieces]
+
+
+def _blocks(piece: _Piece, tally: Tally, reader: StorageReader, scratch: Scratch) -> Iterator[memoryview]:
+    """The values of a piece as packed little-endian bytes, in blocks for the tally; each valid until the next."""
+    from statedict.numerics import empty, gather, to_packed_bytes
+
+    item = piece.item
+    storage, dtype, size = item.storage, item.dtype, item.dtype.itemsize
+
+    def read(first: int, count: int) -> memoryview:
+        if storage.data is not None:
+            return memoryview(storage.data)[first * size : (first + count) * size]
+        buffer = scratch.buffer[: count * size]
+        reader.read_into(storage, first * size, buffer)
+        return buffer
+
+    most = tally.block_nbytes // size
+    for offset, shape in _cut(piece.shape, item.stride, most):
+        if item.is_run:
+            yield _little(read(piece.offset + offset, shape[0]), item)
+            continue
+        for box in boxes(shape, item.stride, most):
+            raw = read(piece.offset + offset + box.offset, box.reach)
+            out = empty(dtype, box.shape)
+            gather(raw, dtype, box.shape, box.stride, byteorder=storage.byteorder, bits=item.bits, out=out)
+            yield to_packed_bytes(out)
+
+
+def _little(data: memoryview, item: _Item) -> memoryview:
+    """Values of a storage as little-endian ones."""
+    from statedict.numerics import swapped
+
+    return data if item.storage.byteorder == "little" or item.dtype.swap == 1 else swapped(data, item.dtype)
