@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+# As for a user: Python keeps what it has compiled.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 STATEDICT = str(Path(sys.executable).with_name("statedict"))
 MAKE = """\
 import sys, torch
@@ -37,7 +39,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         pth, safetensors = Path(name, "source.pth"), Path(name, "source.safetensors")
         subprocess.run([sys.executable, "-c", MAKE, str(pth), str(options.mib // 64)], check=True)
-        subprocess.run([STATEDICT, "convert", str(pth), str(safetensors)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [STATEDICT, "convert", str(pth), str(safetensors)], check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT
+        )
         rows: dict[str, list[tuple[float, float, float]]] = {}
         for _ in range(options.runs):
             base, _ = timed(
@@ -54,7 +58,7 @@ def timed(command: list[str]) -> tuple[float, float]:
     """Seconds, and the peak memory in MiB, of one process; the last argument is the file that it writes, removed after."""
     os.sync()
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=ENVIRONMENT)
     output = process.stdout.read() if process.stdout else b""
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start

@@ -9,6 +9,7 @@ A line for each dtype: the median rate of file bytes of the pass alone, and of t
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,8 @@ import torch
 import statedict
 from statedict.ops.statistics import statistics_of
 
+# As for a user: Python keeps what it has compiled.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 STATEDICT = str(Path(sys.executable).with_name("statedict"))
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int64")
 
@@ -75,7 +78,7 @@ def count(path: Path) -> None:
 
 def show(path: Path) -> None:
     """The whole process."""
-    subprocess.run([STATEDICT, "inspect", "--stats", str(path)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([STATEDICT, "inspect", "--stats", str(path)], check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
 
 
 def median(way: Callable[[], object], rounds: int) -> float:

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 STATEDICT = str(Path(sys.executable).with_name("statedict"))
+# As for a user: Python keeps what it has compiled.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 LOAD = "import sys, torch; torch.load(sys.argv[1], mmap=True, weights_only=True)"
 
 
@@ -92,7 +94,7 @@ def write(path: Path, count: int, nbytes: int) -> None:
 def once(command: Sequence[str]) -> Run:
     """Run it to its end; what it prints goes nowhere."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -93,9 +93,6 @@ def _is_safetensors(file: File, head: bytes) -> bool:
 
 
 def _zip(file: File, head: bytes, limits: Limits) -> str:
-    from statedict.formats.foreign import describe_zip
-    from statedict.formats.zips import read_directory
-
     if file.path.endswith(".distcp"):
         raise UnknownFormat(
             "this is one file of a distributed checkpoint, which can't be opened yet",
@@ -105,6 +102,9 @@ def _zip(file: File, head: bytes, limits: Limits) -> str:
     # torch.save writes this entry first: the directory need not be read twice.
     if re.match(rb"[^/]*/data\.pkl$", head[30 : 30 + int.from_bytes(head[26:28], "little")]):
         return "torch-zip"
+    from statedict.formats.foreign import describe_zip
+    from statedict.formats.zips import read_directory
+
     names = [entry.name for entry in read_directory(file, limits, fold=False).entries]
     below = {name.partition("/")[2] for name in names}
     # An archive that has lost its folder or its data.pkl is still one of torch's; its reader says what is wrong.
