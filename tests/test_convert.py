@@ -274,6 +274,28 @@ def test_damaged_notes_leave_the_tensors_of_the_header(tmp_path: Path) -> None:
         assert (["x"], ["stale-notes"]) == ([t.key for t in found.tensors], [f.code for f in found.findings])
 
 
+def test_notes_that_name_each_other_without_end_are_left_aside(tmp_path: Path) -> None:
+    from statedict.formats.safetensors_notes import fingerprint
+
+    names = [f"t{at}" for at in range(60)]
+    for how in ("parts", "attributes"):
+        ways = [{"a": name, "b": name} if how == "parts" else {"a": [{"tensor": name}] * 2} for name in names[1:]]
+        notes = {
+            "version": 1,
+            "names": fingerprint(dict.fromkeys(names, ("F32", (1,)))),
+            "tree": {"tensor": "t0"},
+            "tensors": {name: {how: way} for name, way in zip(names, ways)},
+        }
+        save_file(
+            {name: torch.ones(1) for name in names},
+            tmp_path / "m.safetensors",
+            metadata={"statedict": json.dumps(notes)},
+        )
+        found = statedict.inspect(tmp_path / "m.safetensors")
+
+        assert (60, ["stale-notes"]) == (len(found.tensors), [finding.code for finding in found.findings])
+
+
 def test_inert_records_travel_in_safetensors(tmp_path: Path) -> None:
     when = datetime(2026, 1, 2, 3, 4, 5, 6, timezone.utc)
     value = {"w": torch.ones(2), "when": when, "price": Decimal("1.50"), "path": Path("/x/y"), "s": slice(1, None, 2)}

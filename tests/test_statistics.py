@@ -260,3 +260,108 @@ def test_torch_tensors_of_every_layout(tmp_path: Path) -> None:
         assert (-6, 1, 1) == (four["min"], four["max"], four["zeros"])
         assert {"meta": None, "coo": None} == {key: stats[key] for key in ("meta", "coo")}
         assert {("meta",), ("coo",)} == {finding.keys for finding in found.findings if finding.code == "no-stats"}
+
+
+# -------------------------------------------------------------------- where the figures are hard to count
+
+
+@pytest.mark.parametrize("values", [[1e200, -1e200, 3e200], [1.7e308, -1.7e308, 1.6e308], [1e-200, -1e-200, 3e-200]])
+def test_numbers_whose_squares_float64_lacks(values: list[float]) -> None:
+    found = figures_of({"x": np.array(values)})
+    unit = max(values)
+    scaled = np.array([value / unit for value in values])
+
+    assert math.isclose(found["mean"] / unit, scaled.mean(), rel_tol=1e-12)
+    assert math.isclose(found["std"] / unit, scaled.std(), rel_tol=1e-12)
+
+
+def test_large_complex_numbers() -> None:
+    found = figures_of({"x": np.array([1e300 + 1e300j, -1e300 + 1e300j])})
+
+    assert 0 == found["mean"].real and math.isclose(found["mean"].imag, 1e300)
+    assert math.isclose(found["std"], 1e300)
+
+
+@pytest.mark.parametrize("count", [1, 1001, 300_001])
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_every_byte_of_an_eight_bit_float_is_counted(name: str, count: int) -> None:
+    values = np.random.default_rng(11).integers(0, 256, count).astype(np.uint8).view(getattr(ml_dtypes, name))
+
+    assert close(figures_of({"x": values}), expected(values), rel=1e-12)
+
+
+def test_pairs_of_four_bit_numbers(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    raw = np.random.default_rng(12).integers(0, 256, 200_001).astype(np.uint8)
+    torch.save({"x": torch.from_numpy(raw).view(torch.float4_e2m1fn_x2)}, tmp_path / "m.pt")
+    values = np.concatenate([raw & 15, raw >> 4]).view(ml_dtypes.float4_e2m1fn)
+
+    assert close(figures_of(tmp_path / "m.pt"), expected(values), rel=1e-12)
+
+
+def test_elements_in_any_order_and_with_gaps() -> None:
+    base = random(13, 600_000).astype(np.float32).reshape(60, 100, 100)
+    for view in (base.transpose(2, 0, 1), base[::2, :, 3:50].T, base[:, 7:8, ::-1][:, :, ::-1], base[:, ::99]):
+        assert close(figures_of({"x": view}), expected(view))
+
+
+def test_windows_that_overlap_are_counted_as_often_as_they_show() -> None:
+    base = random(14, 40_000).astype(np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(base, 100)
+
+    assert close(figures_of({"x": windows}), expected(windows))
+
+
+def test_a_view_beyond_the_limit_has_no_figures_and_the_others_have(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"windows": torch.zeros(1000).unfold(0, 100, 1), "x": torch.ones(3)}, tmp_path / "m.pt")
+    found = statedict.inspect(tmp_path / "m.pt", stats=True, limits=statedict.Limits(expanded_bytes=1000))
+    (without,) = [finding for finding in found.findings if finding.code == "no-stats"]
+
+    assert [None, 1.0] == [tensor.stats and tensor.stats["mean"] for tensor in found.tensors]
+    assert ("windows",) == without.keys and "expanded_bytes" in without.message
+
+
+@pytest.mark.parametrize("count", [1000, 100_000])
+def test_big_endian_values_are_turned(count: int, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    values = random(15, count)
+    turned = torch.from_numpy(values.byteswap())
+    torch.save({"x": turned, "part": turned[1::3]}, tmp_path / "little.pt")
+    with zipfile.ZipFile(tmp_path / "little.pt") as old, zipfile.ZipFile(tmp_path / "m.pt", "w") as new:
+        for info in old.infolist():
+            new.writestr(info.filename, b"big" if info.filename.endswith("byteorder") else old.read(info))
+
+    assert close(figures_of(tmp_path / "m.pt"), expected(values))
+    assert close(figures_of(tmp_path / "m.pt", "part"), expected(values[1::3]))
+
+
+def test_a_compressed_record_is_unwrapped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.arange(8_000_000) % 1000
+    np.savez_compressed(tmp_path / "m.npz", x=values, y=values[::-1])
+    from statedict.io.ranges import LocalFile
+
+    read: list[int] = []
+    whole = LocalFile.read
+
+    def watched(self: LocalFile, offset: int, nbytes: int) -> bytes:
+        read.append(nbytes)
+        return whole(self, offset, nbytes)
+
+    monkeypatch.setattr(LocalFile, "read", watched)
+    found = statedict.inspect(tmp_path / "m.npz", stats=True)
+
+    assert all(close(dict(tensor.stats or {}), expected(values)) for tensor in found.tensors)
+    assert sum(read) < 1.5 * (tmp_path / "m.npz").stat().st_size + 1_000_000
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz")
+@pytest.mark.parametrize("scale", [-1.0, 0.0, math.inf, math.nan])
+def test_an_impossible_scale_gives_no_figures(scale: float, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    whole = torch.arange(4, dtype=torch.int8)
+    torch.save({"q": torch._make_per_tensor_quantized_tensor(whole, scale, 0)}, tmp_path / "m.pt")
+    found = statedict.inspect(tmp_path / "m.pt", stats=True)
+
+    assert found.tensors[0].stats is None
+    assert "no-stats" in [finding.code for finding in found.findings]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections import Counter, OrderedDict, defaultdict
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
@@ -44,6 +45,8 @@ def typed(value: object) -> object:
         return type(value).__name__, [typed(item) for item in value]
     if isinstance(value, (set, frozenset)):
         return type(value).__name__, sorted([typed(item) for item in value], key=repr)
+    if isinstance(value, (float, complex)):
+        return type(value).__name__, struct.pack("<2d", value.real, value.imag)
     return type(value).__name__, repr(value)
 
 
@@ -103,6 +106,8 @@ def test_what_was_written_is_what_is_read(value: object) -> None:
         TorchValue("Size", (1, 2)),
         TorchValue("dtype", "bfloat16"),
         NumpyScalar.of("f4", b"\x00\x00\x80\x3f"),
+        struct.unpack(">d", b"\xff\xf8\x00\x00\x00\x00\x00\x01")[0],
+        complex(-0.0, struct.unpack(">d", b"\xff\xf8\x00\x00\x00\x00\x00\x00")[0]),
         {"a": (), "b": [], "c": {}, "d": set(), "e": OrderedDict(), "f": Counter()},
     ],
     ids=repr,

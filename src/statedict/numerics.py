@@ -13,17 +13,7 @@ from statedict.dtypes import DType
 from statedict.errors import Unsupported
 from statedict.views import reach
 
-__all__ = [
-    "Scratch",
-    "Tally",
-    "array",
-    "empty",
-    "gather",
-    "numpy_dtype",
-    "quiet",
-    "swapped",
-    "to_packed_bytes",
-]
+__all__ = ["Scratch", "Tally", "array", "empty", "gather", "numpy_dtype", "quiet", "swapped", "to_packed_bytes"]
 
 Array = np.ndarray[Any, Any]
 
@@ -130,8 +120,10 @@ _HUGE, _TINY = 1e150, 1e-140
 _FAR = 64.0
 # Elements whose squares are summed in float32 at once: 64 Ki of them gave errors of 6e-6, 8 Ki give a tenth.
 _DOT = 8192
-# The eight-bit kinds and pairs of four-bit numbers, by byte: value of each.
-_FOUR_BITS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Bytes from which on they are counted two at a time: 1.3 GB/s, but 65,536 counts; singly 0.8 GB/s.
+_PAIRED_NBYTES = 128 * 1024
+# What the 16 numbers of four bits mean (the ml_dtypes README, float4_e2m1fn).
+_FOUR_BITS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 class Scratch:
@@ -192,8 +184,7 @@ class Tally:
     @property
     def block_nbytes(self) -> int:
         """Bytes of whole elements to take in at a time."""
-        pairs = 2 if self._dtype.code == "F4_X2" else 1
-        return min(_FIGURE_NBYTES, _FIGURE_VALUES * self._kind.itemsize // pairs)
+        return min(_FIGURE_NBYTES, _FIGURE_VALUES * self._kind.itemsize)
 
     def add(self, block: memoryview, scratch: Scratch) -> None:
         """Take in packed little-endian values: whole elements, at most ``block_nbytes`` bytes."""
@@ -208,6 +199,13 @@ class Tally:
             self._complex(block, scratch)
         elif code == "F64":
             self._floats(np.frombuffer(block, self._kind), scratch)
+        elif self._dtype.bits == 8:
+            counts = _count_bytes(block)
+            if code == "F4_X2":  # the low half of a byte is the first number
+                nibbles = counts.reshape(16, 16)
+                self._by_count(nibbles.sum(axis=0) + nibbles.sum(axis=1), np.array(_FOUR_BITS))
+            else:
+                self._by_count(counts, _by_byte(self._dtype))
         else:
             self._floats(self._widened(block, scratch), scratch)
 
@@ -222,17 +220,27 @@ class Tally:
             np.copyto(wide, raw)
             np.left_shift(wide, 16, out=wide)
             return wide.view(np.float32)
-        if code == "F16":
-            raw = np.frombuffer(block, self._kind)
-            out = scratch.values(len(raw), np.float32)
-            np.copyto(out, raw)
-            return out
-        table = _by_byte(self._dtype)
-        raw = np.frombuffer(block, np.uint8)
-        out = scratch.values(len(raw) * table[0].size, np.float32)
-        # "clip" only keeps numpy from copying the output first: no byte is out of range.
-        np.take(table, raw, axis=0, out=out.reshape(len(raw), *table.shape[1:]), mode="clip")
+        raw = np.frombuffer(block, self._kind)
+        out = scratch.values(len(raw), np.float32)
+        np.copyto(out, raw)
         return out
+
+    def _by_count(self, counts: Array, values: Array) -> None:
+        """Take in each of these values as often as its count says."""
+        there = counts > 0
+        counts, values = counts[there], values[there]
+        nan, zero, finite = np.isnan(values), values == 0, np.isfinite(values)
+        self.numel += int(counts.sum())
+        self.nan += int(counts[nan].sum())
+        self.inf += int(counts[~nan & ~finite].sum())
+        self.zeros += int(counts[zero].sum())
+        if not nan.all():
+            self._extremes(float(np.nanmin(values)), float(np.nanmax(values)))
+        if finite.any():
+            counts, values = counts[finite], values[finite]
+            count = int(counts.sum())
+            mean = float(np.dot(counts, values)) / count
+            self._combine(count, mean, sqrt(float(np.dot(counts, (values - mean) ** 2)) / count))
 
     def _floats(self, values: Array, scratch: Scratch) -> None:
         low, high = np.minimum.reduce(values), np.maximum.reduce(values)
@@ -372,11 +380,19 @@ def _about(values: Array, pivot: Any, scratch: Scratch) -> tuple[float, float]:
     return float(pivot) + total / count, max(0.0, squares - total * total / count)
 
 
+def _count_bytes(block: memoryview) -> Array:
+    """How often each byte occurs."""
+    raw = np.frombuffer(block, np.uint8)
+    if len(raw) < _PAIRED_NBYTES:
+        return np.bincount(raw, minlength=256)
+    even = len(raw) & ~1
+    pairs = np.bincount(raw[:even].view("<u2"), minlength=65536).reshape(256, 256)
+    counts: Array = pairs.sum(axis=0) + pairs.sum(axis=1) + np.bincount(raw[even:], minlength=256)
+    return counts
+
+
 @cache
 def _by_byte(dtype: DType) -> Array:
-    """The float32 value, or the two values, of each byte of an eight-bit kind."""
-    if dtype.code == "F4_X2":
-        each = np.array([*_FOUR_BITS, *(-value for value in _FOUR_BITS)], np.float32)
-        return np.array([(each[byte & 15], each[byte >> 4]) for byte in range(256)], np.float32)
-    made: Array = np.arange(256, dtype=np.uint8).view(numpy_dtype(dtype)).astype(np.float32)
+    """The value of each byte of an eight-bit kind, in float64."""
+    made: Array = np.arange(256, dtype=np.uint8).view(numpy_dtype(dtype)).astype(np.float64)
     return made

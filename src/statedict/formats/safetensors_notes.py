@@ -111,6 +111,7 @@ class _Resolver:
         self._device = _text_or_none(defaults.get("device"))
         self._requires_grad = _bool_or_none(defaults.get("requires_grad"))
         self._kind = str(defaults.get("kind", "Tensor"))
+        self._within = False  # whether a tensor that belongs to another is being resolved
 
     def value(self) -> object:
         """The nested value with entries as its tensors."""
@@ -142,12 +143,22 @@ class _Resolver:
         stored = self._header[facts["of"]] if "of" in facts else stored
         made = self._described(name, facts, stored)
         if "parts" in facts:
-            parts = {str(part): self.entry(ref) for part, ref in facts["parts"].items() if ref != name}
+            parts = {str(part): self._inner(ref) for part, ref in facts["parts"].items()}
             made = made._replace(parts=parts)
         if "attributes" in facts:
-            attributes = {str(key): decode(item, self.entry) for key, item in facts["attributes"].items()}
+            attributes = {str(key): decode(item, self._inner) for key, item in facts["attributes"].items()}
             made = made._replace(attributes=attributes)
         return made
+
+    def _inner(self, name: object) -> TensorEntry:
+        """A tensor that belongs to another. It has none of its own: a few notes could name each other without end."""
+        if not isinstance(name, str) or "parts" in self._facts.get(name, {}) or self._within:
+            raise ValueError("a part made of parts")
+        self._within = True
+        try:
+            return self.entry(name)
+        finally:
+            self._within = False
 
     def _described(self, name: str, facts: dict[str, Any], stored: TensorEntry | None) -> TensorEntry:
         dtype = BY_TORCH[facts["dtype"]] if "dtype" in facts else _dtype_of(stored)

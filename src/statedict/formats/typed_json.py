@@ -1,7 +1,7 @@
 """Nested values as JSON that keeps their types, and back. What JSON lacks becomes an object with one telling name.
 
     null true false 1 1.5 "text" [list]        as they are
-    {"float": "nan"}                           also "inf", "-inf"
+    {"float": "nan"}                           also "inf", "-inf", and the 16 hexadecimal digits of another NaN's bits
     {"dict": {…}}  {"dict": [[key, value], …]} the second where a key is no text; so OrderedDict, Counter, defaultdict,
                                                Namespace, with "type" and "attributes" where there are any
     {"tuple": […]} {"set": […]} {"frozenset": […]} {"bytes": base64} {"bytearray": base64} {"complex": [re, im]}
@@ -19,6 +19,7 @@ from __future__ import annotations
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
+from struct import pack, unpack
 from typing import Any
 
 from statedict.errors import Unsupported
@@ -32,6 +33,8 @@ __all__ = ["decode", "encode", "encode_value"]
 _MOST_DEPTH = 200
 _MAPPINGS = ("dict", "OrderedDict", "Counter", "defaultdict", "Namespace")
 _SEQUENCES = {"tuple": tuple, "set": set, "frozenset": frozenset}
+# The bits of the NaN that arithmetic gives.
+_NAN = "7ff8000000000000"
 _TORCH = ("dtype", "device", "Size", "layout", "qscheme", "memory_format")
 
 Encoder = Callable[[TensorEntry], object]
@@ -98,7 +101,8 @@ def encode_value(value: object, tensor: Encoder, key: str = "") -> object:
     if value is None or kind in (bool, int, str):
         return value
     if kind is float:
-        return value if isfinite(value) else {"float": str(value)}  # type: ignore[arg-type]
+        number = _float(value)  # type: ignore[arg-type]
+        return number if type(number) is float else {"float": number}
     if kind is list:
         return [encode_value(item, tensor, key) for item in value]  # type: ignore[attr-defined]
     if kind in (tuple, set, frozenset):
@@ -117,6 +121,14 @@ def encode_value(value: object, tensor: Encoder, key: str = "") -> object:
             f"a value of type {kind.__module__}.{kind.__name__} can't be written as JSON", key=key or None
         )
     return made
+
+
+def _float(value: float) -> float | str:
+    """The number, or a text for one that JSON lacks. A NaN has a sign and further bits, which are kept."""
+    if isfinite(value):
+        return value
+    bits = pack(">d", value).hex()
+    return str(value) if value == value or bits == _NAN else bits
 
 
 def _opaque(value: Opaque, tensor: Encoder, key: str) -> object:
@@ -138,7 +150,7 @@ def _small(value: Any) -> dict[str, object] | None:
     if kind in (bytes, bytearray):
         return {kind.__name__: b64encode(value).decode("ascii")}
     if kind is complex:
-        return {"complex": [part if isfinite(part) else str(part) for part in (value.real, value.imag)]}
+        return {"complex": [_float(value.real), _float(value.imag)]}
     if kind is TorchValue:
         return {"torch": value.kind, "value": list(value.value) if value.kind == "Size" else value.value}
     if kind is NumpyScalar:
@@ -229,14 +241,14 @@ def _decoded_opaque(value: dict[str, Any], tensor: Decoder, depth: int) -> Opaqu
 
 def _decoded_small(tag: str, value: dict[str, Any]) -> object:
     body = value[tag]
-    if tag == "float" and body in ("nan", "inf", "-inf"):
-        return float(body)
+    if tag == "float" and isinstance(body, str):
+        return _decoded_float(body)
     if tag in ("bytes", "bytearray"):
         data = b64decode(body, validate=True)
         return data if tag == "bytes" else bytearray(data)
     if tag == "complex":
         real, imag = body
-        return complex(float(real), float(imag))
+        return complex(_decoded_float(real), _decoded_float(imag))
     if tag == "torch" and body in _TORCH:
         inner = value["value"]
         if body == "Size":
@@ -254,6 +266,17 @@ def _decoded_small(tag: str, value: dict[str, Any]) -> object:
             raise ValueError("bounds that are no integers")
         return slice(start, stop, step) if tag == "slice" else range(start, stop, step)
     return _decoded_standard(tag, body)
+
+
+def _decoded_float(value: object) -> float:
+    if type(value) is float:
+        return value
+    if value in ("nan", "inf", "-inf"):
+        return float(str(value))
+    if not isinstance(value, str) or len(value) != 16:
+        raise ValueError("a number that is none")
+    made: float = unpack(">d", bytes.fromhex(value))[0]
+    return made
 
 
 def _integers(value: object) -> list[int]:

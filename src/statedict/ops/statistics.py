@@ -337,10 +337,12 @@ def _blocks(piece: _Piece, tally: Tally, reader: StorageReader, scratch: Scratch
         return buffer
 
     most = tally.block_nbytes // size
+    if item.is_run:
+        (count,) = piece.shape
+        for start in range(0, count, most):
+            yield _little(read(piece.offset + start, min(most, count - start)), item)
+        return
     for offset, shape in _cut(piece.shape, item.stride, most):
-        if item.is_run:
-            yield _little(read(piece.offset + offset, shape[0]), item)
-            continue
         for box in boxes(shape, item.stride, most):
             raw = read(piece.offset + offset + box.offset, box.reach)
             out = empty(dtype, box.shape)
