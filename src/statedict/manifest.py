@@ -122,7 +122,7 @@ class TensorEntry(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the values, packed; of all parts where the layout has parts."""
-        if self.parts:
+        if self.parts and self.view is None:
             return sum(part.nbytes for part in self.parts.values())
         return self.dtype.nbytes(prod(self.shape))
 

@@ -82,7 +82,7 @@ class SafetensorsWriter:
         for entry in tensors:
             self._describe(entry)
         self._say()
-        order = sorted(self._stored, key=lambda name: -BY_CODE[self._stored[name].code].bits)
+        order = sorted(self._in_order(), key=lambda name: -BY_CODE[self._stored[name].code].bits)
         payloads = [
             Payload(name, self._stored[name].nbytes, source_of(self._stored[name].entry), self._digests)
             for name in order

@@ -9,14 +9,14 @@ whose children are what they would have been given. Nothing recurses on the dept
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
 from statedict.errors import CorruptFile, LimitExceeded, Unsupported
 from statedict.formats.modules import is_module, module_state
-from statedict.formats.records import ArrayRecord, Blob, Global, MappingRecord, NumpyDType, StorageRef, TensorRecord
+from statedict.formats.records import ArrayRecord, Blob, Global, NumpyDType, StorageRef, TensorRecord
+from statedict.formats.value_kinds import Opened, dict_like, hashed, kind_of, letters_of, of_storage, opened
 from statedict.keys import Path, dotted
 from statedict.limits import Limits
 from statedict.manifest import (
@@ -33,7 +33,7 @@ from statedict.manifest import (
     TorchValue,
 )
 from statedict.nodes import components
-from statedict.views import packed_stride
+from statedict.views import packed_stride, reach
 
 __all__ = ["Tree", "TreeBuilder"]
 
@@ -42,6 +42,10 @@ _NOTHING: Mapping[str, object] = {}
 _NO_PARTS: Mapping[str, TensorEntry] = {}
 # Values inside attributes and records may nest this deep; deeper ones are not facts that anyone reads.
 _VALUE_DEPTH = 64
+# Integers from 0 to below this are their own hash (``sys.hash_info.modulus``); -1 and -2 share one, and larger ones can be
+# chosen to. Paths made of such would be compared each with all others: so many may share a hash.
+_MODULUS = 2**61 - 1
+_MOST_ALIKE = 256
 
 
 class Tree:
@@ -87,6 +91,8 @@ class TreeBuilder:
         self._memory: dict[int, Storage] = {}
         self._used: dict[int, Storage] = {}
         self._containers: dict[int, object] = {}
+        self._pairs: dict[int, list[object]] = {}
+        self._alike: dict[int, int] | None = None  # leaves by the hash of their path, once a key calls for it
         self._visits = 0
         self._distinct = 0
         self._next_id = 1 << 40  # for storages inside the pickle; those of records are numbered from 0
@@ -105,34 +111,44 @@ class TreeBuilder:
     def _node(self, path: Path, value: object, above: Above, pending: list[_Task]) -> Node:
         item = value if self._adapt is None else self._adapt(value)
         kind = type(item)
+        if self._alike is not None:
+            self._count_alike(path, self._alike)
         if kind is TensorRecord:
             entry = self._tree.tensors[path] = self._tensor(path, item)  # type: ignore[arg-type]
             return entry
         if kind in _SCALARS:
-            return self._object(path, _kind_of(item), item)
+            return self._object(path, kind_of(item), item)
         if kind is TensorEntry:
             entry = self._tree.tensors[path] = self._placed(path, item)  # type: ignore[arg-type]
             return entry
         if kind is ArrayRecord and item.dtype is not None and item.dtype.dtype is not None:  # type: ignore[attr-defined]
             entry = self._tree.tensors[path] = self._array(path, item)  # type: ignore[arg-type]
             return entry
+        if kind is StorageRef:
+            entry = self._tree.tensors[path] = self._tensor(path, of_storage(item))  # type: ignore[arg-type]
+            return entry
         if is_module(item):
             item, notes = module_state(item, self._limits, self._sources)  # type: ignore[arg-type]
             self._tree.notes.extend(notes)
-        opened = _open(item)
-        if opened is None or (not opened[1] and not opened[3]):
-            return self._object(path, _kind_of(item), self._inert(item))
-        if opened[0] in ("list", "tuple", "set", "frozenset") and all(type(child) in _SCALARS for child in opened[2]):
-            return self._object(path, opened[0], self._inert(item))
-        return self._container(path, value, opened, above, pending)
+        shown = self._open(item)
+        if shown is None or (not shown[1] and not shown[3]):
+            return self._object(path, kind_of(item), self._inert(item))
+        if shown[0] in ("list", "tuple", "set", "frozenset") and all(type(child) in _SCALARS for child in shown[2]):
+            return self._object(path, shown[0], self._inert(item))
+        return self._container(path, value, shown, above, pending)
 
     def _object(self, path: Path, kind: str, value: object) -> ObjectEntry:
         entry = self._tree.objects[path] = ObjectEntry(path, kind, value)
         return entry
 
-    def _container(self, path: Path, item: object, opened: _Opened, above: Above, pending: list[_Task]) -> Container:
-        kind, keys, values, attributes, cls = opened
-        self._guard(path, item, len(keys), above)
+    def _container(self, path: Path, item: object, shown: Opened, above: Above, pending: list[_Task]) -> Node:
+        kind, keys, values, attributes, cls = shown
+        if self._returns(path, item, above):
+            return self._object(path, "opaque", Opaque("builtins", "reference", (kind, cls)))
+        self._guard(path, item, len(keys))
+        keys = [key if type(key) in _SCALARS else self._key(key) for key in keys]
+        if self._alike is None and any(type(key) is int and not 0 <= key < _MODULUS for key in keys):
+            self._alike = {}
         children: list[Node] = [self._tree.root] * len(keys)
         facts = {name: self._inert(value) for name, value in attributes.items()}
         node = Container(kind, keys, children, type=cls, attributes=facts)
@@ -141,9 +157,12 @@ class TreeBuilder:
         pending.extend(((*path, parts[i]), values[i], children, i, here) for i in range(len(keys) - 1, -1, -1))
         return node
 
-    def _guard(self, path: Path, item: object, size: int, above: Above) -> None:
-        """Refuse cycles, great depth, and small pickles whose shared containers unfold without end."""
+    def _guard(self, path: Path, item: object, size: int) -> None:
+        """Refuse great depth, and small pickles whose shared containers unfold without end."""
         self._limits.check("depth", len(path), "containers are nested too deeply", path=self._path)
+        self._count(item, size)
+
+    def _count(self, item: object, size: int) -> None:
         self._visits += size + 1
         if id(item) not in self._containers:
             self._containers[id(item)] = item
@@ -153,10 +172,43 @@ class TreeBuilder:
         most = 16 * self._distinct + 100_000
         if self._visits > most:
             raise LimitExceeded("shared containers unfold without end", limit="nodes", most=most, path=self._path)
+
+    def _returns(self, path: Path, item: object, above: Above) -> bool:
+        """Whether the container is one of those above it: objects know their parents, plain containers are refused."""
+        through_object = isinstance(item, Opaque)
         while above is not None:
+            through_object = through_object or isinstance(self._containers[above[0]], Opaque)
             if above[0] == id(item):
-                raise CorruptFile(f"the container '{dotted(path)}' contains itself", path=self._path)
+                if not through_object:
+                    raise CorruptFile(f"the container '{dotted(path)}' contains itself", path=self._path)
+                return True
             above = above[1]
+        return False
+
+    def _count_alike(self, path: Path, alike: dict[int, int]) -> None:
+        mark = hash(path)
+        alike[mark] = alike.get(mark, 0) + 1
+        if alike[mark] > _MOST_ALIKE:
+            raise CorruptFile("keys are chosen to be found slowly", path=self._path, key=dotted(path))
+
+    def _key(self, key: object) -> object:
+        """A key that is neither a text nor a number, as an inert value that a mapping can have."""
+        made = self._inert(key)
+        if isinstance(made, TensorEntry):
+            return Opaque("torch", "Tensor", (made,))
+        try:
+            hash(made)
+        except TypeError:
+            return Opaque("builtins", type(made).__name__, (made,))
+        return made
+
+    def _open(self, item: object) -> Opened | None:
+        shown = opened(item)
+        if shown is None or not isinstance(item, Opaque) or not item.pairs:
+            return shown
+        # The pairs of one object are one list, wherever the object stands: what is new each time would never be shared.
+        pairs = self._pairs.setdefault(id(item), shown[2][-1])  # type: ignore[arg-type]
+        return (shown[0], shown[1], [*shown[2][:-1], pairs], shown[3], shown[4])
 
     # ---------------------------------------------------------------- tensors
 
@@ -168,7 +220,7 @@ class TreeBuilder:
         parts = {name: part._replace(path=(*path, name)) for name, part in entry.parts.items()}
         return entry._replace(path=path, parts=parts or _NO_PARTS)
 
-    def _tensor(self, path: Path, record: TensorRecord) -> TensorEntry:
+    def _tensor(self, path: Path, record: TensorRecord, depth: int = 0) -> TensorEntry:
         ref = record.storage
         view = None
         device = record.device
@@ -179,7 +231,8 @@ class TreeBuilder:
                 view = StorageView(storage, record.offset + ref.view_offset, record.stride, record.bits)
         parts, attributes = _NO_PARTS, _NOTHING
         if record.parts or record.attributes:
-            parts, attributes = self._facts(path, record)
+            parts, attributes = self._facts(path, record, depth)
+        hidden = record.stride if view is None and len(record.stride) == len(record.shape) else None
         return TensorEntry(
             path,
             record.dtype,
@@ -191,21 +244,25 @@ class TreeBuilder:
             record.requires_grad,
             record.kind,
             attributes,
+            memory_stride=None if hidden is None or hidden == packed_stride(record.shape) else hidden,
         )
 
-    def _facts(self, path: Path, record: TensorRecord) -> tuple[Mapping[str, TensorEntry], Mapping[str, object]]:
+    def _facts(
+        self, path: Path, record: TensorRecord, depth: int
+    ) -> tuple[Mapping[str, TensorEntry], Mapping[str, object]]:
         """The tensors that belong to a tensor, and its other attributes."""
         parts = dict(record.parts)
         plain: dict[str, object] = {}
-        for name, value in record.attributes.items():
-            if isinstance(value, TensorRecord):
-                parts[name] = value
-            else:
-                plain[name] = self._inert(value)
         for name, part in parts.items():
             if part.parts:
                 raise Unsupported(f"part '{name}' is itself made of parts", path=self._path, key=dotted(path))
-        return {name: self._tensor((*path, name), part) for name, part in parts.items()}, plain
+        for name, value in record.attributes.items():
+            bare = isinstance(value, TensorRecord) and not value.parts and not value.attributes
+            if bare and depth == 0 and name not in parts:
+                parts[name] = value  # type: ignore[assignment]
+            else:
+                plain[name] = self._inert(value, depth + 1)
+        return {name: self._tensor((*path, name), part, depth + 1) for name, part in parts.items()}, plain
 
     def _storage(self, ref: StorageRef) -> Storage:
         if ref.data is None:
@@ -216,8 +273,10 @@ class TreeBuilder:
         return storage
 
     def _in_memory(self, data: object, byteorder: str, name: str) -> Storage:
-        """The storage of bytes that lie inside the pickle; the same bytes give the same one."""
-        found = self._memory.get(id(data))
+        """The storage of bytes that lie inside the pickle; the same object gives the same one."""
+        # CPython has one object for all bytes of one length 1 and value, so those say nothing.
+        known = isinstance(data, Blob) or len(data) > 1  # type: ignore[arg-type]
+        found = self._memory.get(id(data)) if known else None
         if found is None:
             self._next_id += 1
             if isinstance(data, Blob):
@@ -265,13 +324,15 @@ class TreeBuilder:
         self._limits.check(
             "depth", depth * self._limits.depth // _VALUE_DEPTH, "values are nested too deeply", path=self._path
         )
-        self._visits += 1
-        self._limits.check("nodes", self._visits, "too many values in containers", path=self._path)
+        self._count(value, 0)
         down = depth + 1
         if isinstance(value, dict):
-            return _like(value, {self._inert(key, down): self._inert(item, down) for key, item in value.items()})
-        if kind in (list, tuple, set, frozenset):
+            pairs = [(self._inert(key, down), self._inert(item, down)) for key, item in value.items()]
+            return hashed(dict_like(value), pairs, kind.__name__)
+        if kind in (list, tuple):
             return kind(self._inert(item, down) for item in value)  # type: ignore[attr-defined]
+        if kind in (set, frozenset):
+            return hashed(kind, [self._inert(item, down) for item in value], kind.__name__)  # type: ignore[attr-defined]
         if isinstance(value, Opaque):
             made = Opaque(value.module, value.name, self._inert(value.args, down), self._inert(value.state, down))
             made.items = [self._inert(item, down) for item in value.items]
@@ -279,75 +340,21 @@ class TreeBuilder:
             return made
         if isinstance(value, Global):
             return Opaque(value.module, value.name, None)
-        if isinstance(value, TensorRecord):
-            return self._tensor((), value)
+        if isinstance(value, (TensorRecord, StorageRef)):
+            record = value if isinstance(value, TensorRecord) else of_storage(value)
+            return self._within(self._tensor((), record, down))
         if isinstance(value, NumpyDType):
-            return Opaque("numpy", "dtype", (value.letters,))
+            return Opaque("numpy", "dtype", (letters_of(value),))
         if isinstance(value, ArrayRecord):
-            letters = value.dtype.letters if value.dtype else None
-            return Opaque("numpy", "ndarray", (value.shape, letters), self._inert(value.data, down))
+            return Opaque("numpy", "ndarray", (value.shape, letters_of(value.dtype)), self._inert(value.data, down))
         return value
 
-
-def _like(record: dict[object, object], items: dict[object, object]) -> dict[object, object]:
-    """The items in the standard library's mapping that the record stands for."""
-    if not isinstance(record, MappingRecord):
-        return items
-    if record.kind == "OrderedDict":
-        return OrderedDict(items)
-    if record.kind in ("Counter", "defaultdict"):
-        made: dict[object, object] = Counter() if record.kind == "Counter" else defaultdict()  # type: ignore[assignment]
-        dict.update(made, items)  # a Counter's own update adds
-        return made
-    copy = MappingRecord(record.kind, record.type)
-    copy.update(items)
-    return copy
-
-
-# What a container shows: kind, keys, children, attributes, class.
-_Opened = tuple[str, list[object], list[object], Mapping[str, object], str]
-
-
-def _open(item: object) -> _Opened | None:
-    """The container as kind, keys, children, attributes and class; None for a value that is no container."""
-    if isinstance(item, MappingRecord):
-        return item.kind, list(item), list(item.values()), item.attributes, item.type
-    kind = type(item)
-    if kind is dict:
-        return "dict", list(item), list(item.values()), _NOTHING, ""  # type: ignore[call-overload, attr-defined]
-    if kind in (list, tuple, set, frozenset):
-        values = list(item)  # type: ignore[call-overload]
-        return kind.__name__, list(range(len(values))), values, _NOTHING, ""
-    if isinstance(item, Opaque):
-        return _open_opaque(item)
-    return None
-
-
-def _open_opaque(item: Opaque) -> _Opened | None:
-    """An unknown object: its fields, if it has nothing but fields; else what each way of filling it gave."""
-    groups: dict[object, object] = {}
-    if item.args and item.args != ({},):
-        groups["args"] = item.args
-    if item.state is not None:
-        groups["state"] = item.state
-    if item.items:
-        groups["items"] = item.items
-    if item.pairs:
-        groups["pairs"] = [list(pair) for pair in item.pairs]
-    if set(groups) == {"state"} and isinstance(item.state, dict) and item.state:
-        return "opaque", list(item.state), list(item.state.values()), {"fields": True}, item.type
-    if not groups:
-        return None
-    return "opaque", list(groups), list(groups.values()), {"fields": False}, item.type
-
-
-def _kind_of(item: object) -> str:
-    if isinstance(item, TorchValue):
-        return f"torch.{item.kind}"
-    if isinstance(item, NumpyScalar):
-        return f"numpy.{item.dtype}"
-    if isinstance(item, MappingRecord):
-        return item.kind
-    if isinstance(item, (Opaque, Global, ArrayRecord, NumpyDType)):
-        return "opaque"
-    return type(item).__name__
+    def _within(self, entry: TensorEntry) -> TensorEntry:
+        """A tensor inside a value, which no path leads to: the manifest's own check doesn't come to it."""
+        for part in (entry, *entry.parts.values()):
+            view = part.view
+            if view is not None:
+                length = reach(part.shape, view.stride)
+                if length and part.dtype.nbytes(view.offset + length) > view.storage.nbytes:
+                    raise CorruptFile("a tensor inside an attribute reaches outside its storage", path=self._path)
+        return entry
