@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import isfinite, sqrt
+from math import hypot, isfinite, sqrt
 
 from statedict.ops.contents import TensorFacts
+from statedict.ops.values import exact
 from statedict.report.document import Column
 from statedict.report.units import number
 
@@ -29,7 +30,7 @@ def figures_of(tensors: Sequence[TensorFacts]) -> list[str]:
     mean, deviation = _pooled(known)
     cells = [number(min(lows, default=None)), number(max(highs, default=None)), mean, deviation]
     sums = [sum([int(each) for each in _numbers(stats, name)]) for name in _SUMS]
-    return cells + [f"{total:,}" if total else "" for total in sums]
+    return cells + [exact(total) if total else "" for total in sums]
 
 
 def _numbers(stats: Sequence[Mapping[str, object]], name: str) -> Iterator[int | float]:
@@ -44,15 +45,16 @@ def _pooled(known: Sequence[tuple[Mapping[str, object], int]]) -> tuple[str, str
     if len(known) == 1:
         stats, _ = known[0]
         return number(stats.get("mean")), number(stats.get("std"))
-    count, total, squares = 0, 0.0, 0.0
+    # Combined without sums of squares: the largest numbers have none, and those of a mean far from 0 lose the deviation.
+    count, average, deviation = 0, 0.0, 0.0
     for stats, numel in known:
         mean, std = stats.get("mean"), stats.get("std")
         if not isinstance(mean, (int, float)) or not isfinite(mean):
             continue
         finite = numel - sum([int(each) for name in ("nan", "inf") for each in _numbers([stats], name)])
         spread = std if isinstance(std, (int, float)) and isfinite(std) else 0.0
-        count, total, squares = count + finite, total + finite * mean, squares + finite * (spread**2 + mean**2)
-    if not count:
-        return "", ""
-    average = total / count
-    return number(average), number(sqrt(max(0.0, squares / count - average**2)))
+        old, new = count / (count + finite), finite / (count + finite)
+        apart = mean / 2 - average / 2
+        deviation = hypot(deviation * sqrt(old), spread * sqrt(new), 2 * sqrt(old * new) * apart)
+        count, average = count + finite, average + new * apart + new * apart
+    return (number(average), number(deviation)) if count else ("", "")

@@ -9,7 +9,7 @@ from statedict.errors import one_line
 from statedict.keys import Path, dotted
 from statedict.manifest import Finding, Manifest, Storage, TensorEntry
 from statedict.ops.training import Optimizer, Training
-from statedict.ops.values import brief
+from statedict.ops.values import brief, exact
 from statedict.report.units import human_bytes, plural
 from statedict.tree import fold
 from statedict.views import reach
@@ -234,8 +234,9 @@ def _non_finite(evidence: Evidence) -> Iterator[Finding]:
         paths = [path for path, figures in evidence.stats.items() if figures.get(code) and path in evidence.names]
         if paths:
             keys = _keys(evidence, paths)
-            count = sum(int(str(evidence.stats[path][code])) for path in paths)
-            message = f"{plural(len(keys), 'tensor')} with {name} ({count:,} in all): {named(keys)}"
+            counts = [evidence.stats[path][code] for path in paths]
+            count = exact(sum(each for each in counts if isinstance(each, int)))
+            message = f"{plural(len(keys), 'tensor')} with {name} ({count} in all): {named(keys)}"
             yield Finding("non-finite", "warning", message, keys)
 
 
