@@ -17,8 +17,8 @@ class Limits(NamedTuple):
 
     # Bytes of one pickle stream that are interpreted. A checkpoint of 100,000 tensors has 11 MB.
     pickle_bytes: int = 256 * 1024 * 1024
-    # Instructions of one pickle stream. 100,000 tensors take 3.2 million.
-    opcodes: int = 100_000_000
+    # Instructions of one pickle stream. 100,000 tensors take 3.2 million; each may make an object of a hundred bytes.
+    opcodes: int = 30_000_000
     # Bytes of one integer in a pickle: 2**2039 is torch's own bound; the quadratic cost starts far above.
     integer_bytes: int = 1024
     # Containers inside containers.

@@ -120,11 +120,11 @@ class Machine(Literals):
                     else:
                         memo[four_bytes(data, pos)[0]] = stack[-1]
                         pos += 4
-                elif op == 0x4B:  # BININT1
-                    push(data[pos])
-                    pos += 1
                 elif op == 0x68:  # BINGET
                     push(memo[data[pos]])
+                    pos += 1
+                elif op == 0x4B:  # BININT1
+                    push(data[pos])
                     pos += 1
                 elif op == 0x28:  # MARK
                     floor = len(stack)

@@ -52,7 +52,8 @@ def read_manifest(files: Sequence[File], limits: Limits = DEFAULT_LIMITS) -> Man
 
     def persistent(pid: object) -> StorageRef:
         ref = storage_ref(pid, fields=5)
-        return refs.setdefault(ref.key, ref) if refs.get(ref.key, ref).dtype == ref.dtype else ref
+        known = refs.setdefault(ref.key, ref)
+        return known if known.dtype is ref.dtype else ref
 
     pickle = MemoryFile(zips.read_entry(file, data, limits, limit="pickle_bytes"), f"{file.path}:{data.name}")
     value = Machine(pickle, persistent=persistent, limits=limits).run()
@@ -142,17 +143,12 @@ def _storages(
     digests: Mapping[str, str],
 ) -> dict[str, Storage]:
     """The storage of every reference whose record is there, numbered in the order of the pickle."""
-    # torch finds records without regard to case (miniz); names that differ only so were refused with the directory.
-    folded = (
-        {name.lower(): entry for name, entry in records.items()}
-        if any(f"data/{key}" not in records for key in refs)
-        else {}
-    )
-    found = {}
-    for key in refs:
-        entry = records.get(f"data/{key}") or folded.get(f"data/{key}".lower())
-        if entry is not None:
-            found[key] = entry
+    found = {key: records[f"data/{key}"] for key in refs if f"data/{key}" in records}
+    if len(found) < len(refs):
+        # torch finds records without regard to case (miniz); names that differ only so were refused with the directory.
+        folded = {name.lower(): entry for name, entry in records.items()}
+        names = {key: f"data/{key}".lower() for key in refs}
+        found = {key: folded[name] for key, name in names.items() if name in folded}
     offsets = zips.data_offsets(file, list(found.values()))
     storages = {}
     for number, ((key, entry), offset) in enumerate(zip(found.items(), offsets)):
