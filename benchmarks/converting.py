@@ -1,8 +1,9 @@
 """Whole processes that convert 1 GiB, with digests, against ``cp`` and fsync of the same file.
 
-    python benchmarks/converting.py [--mib 1024] [--runs 7] [--folder .]
+    python benchmarks/converting.py [--mib 1024] [--rounds 9] [--folder .]
 
-Page cache warm, a ``sync`` before each. The time of ``statedict convert`` is that of the whole process; beside it stands the time
+Page cache warm, a ``sync`` before each, each way at each place of the order as often as the others: a disk may be faster on blocks
+that were freed just before. The time of ``statedict convert`` is that of the whole process; beside it stands the time
 without the comparison at its end, which reads what was written once more. Peak memory is that of the largest process.
 """
 
@@ -16,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 # As for a user: Python keeps what it has compiled.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -29,11 +32,19 @@ torch.save({f"layers.{i}.weight": torch.randn(rows, 1024, 256) for i in range(64
 FSYNC = "import os, sys; fd = os.open(sys.argv[1], os.O_RDWR); os.fsync(fd)"
 
 
+class Run(NamedTuple):
+    """One finished process."""
+
+    seconds: float
+    checking: float  # seconds of the comparison in it
+    peak_mib: float
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mib", type=int, default=1024, help="size of the file in MiB, a multiple of 64")
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", default=".", help="where the files are written")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -42,16 +53,23 @@ def main() -> None:
         subprocess.run(
             [STATEDICT, "convert", str(pth), str(safetensors)], check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT
         )
-        rows: dict[str, list[tuple[float, float, float]]] = {}
-        for _ in range(options.runs):
-            base, _ = timed(
-                ["sh", "-c", f'cp "$0" "$1" && "{sys.executable}" -c "{FSYNC}" "$1"', str(pth), f"{name}/copy"]
-            )
-            rows.setdefault("cp + fsync", []).append((base, base, 0.0))
-            for source, suffix in ((pth, ".safetensors"), (safetensors, ".pth")):
-                seconds, checking, peak = converted(source, Path(name, f"target{suffix}"))
-                rows.setdefault(f"convert {source.suffix} to {suffix}", []).append((seconds, seconds - checking, peak))
+        ways: list[tuple[str, Callable[[], Run]]] = [
+            ("cp + fsync", lambda: copied(pth, Path(name, "copy"))),
+            ("convert .pth to .safetensors", lambda: converted(pth, Path(name, "target.safetensors"))),
+            ("convert .safetensors to .pth", lambda: converted(safetensors, Path(name, "target.pth"))),
+        ]
+        rows: dict[str, list[Run]] = {title: [] for title, _ in ways}
+        for turn in range(options.rounds * len(ways)):
+            title, way = ways[(turn + turn // len(ways)) % len(ways)]
+            rows[title].append(way())
         report(rows)
+
+
+def copied(source: Path, target: Path) -> Run:
+    """What ``cp`` takes, made durable."""
+    script = f'cp "$0" "$1" && "{sys.executable}" -c "{FSYNC}" "$1"'
+    seconds, _ = timed(["sh", "-c", script, str(source), str(target)])
+    return Run(seconds, 0.0, 0.0)
 
 
 def timed(command: list[str]) -> tuple[float, float]:
@@ -70,21 +88,22 @@ def timed(command: list[str]) -> tuple[float, float]:
     return seconds, usage.ru_maxrss / 1024
 
 
-def converted(source: Path, target: Path) -> tuple[float, float, float]:
-    """Seconds of the whole, seconds of the comparison in it, and peak memory in MiB, of one conversion."""
+def converted(source: Path, target: Path) -> Run:
+    """One conversion."""
     seconds, peak = timed([STATEDICT, "convert", "--format", "json", str(source), str(target)])
     result = json.loads(Path(target.parent, "output").read_bytes())
-    return seconds, float(result["seconds"]["check"]), peak
+    return Run(seconds, float(result["seconds"]["check"]), peak)
 
 
-def report(rows: dict[str, list[tuple[float, float, float]]]) -> None:
-    """A line for each way: medians of the seconds, ratio to cp and fsync of the same round, peak memory."""
-    base = [seconds for seconds, _, _ in rows["cp + fsync"]]
+def report(rows: dict[str, list[Run]]) -> None:
+    """A line for each way: median seconds with and without the comparison, the ratio of those to cp and fsync, peak memory."""
+    base = statistics.median(run.seconds for run in rows["cp + fsync"])
     for name, runs in rows.items():
-        whole = statistics.median(seconds for seconds, _, _ in runs)
-        ratio = statistics.median(without / cp for (_, without, _), cp in zip(runs, base))
-        peak = max(peak for _, _, peak in runs)
-        line = f"{name:36}{whole:6.2f} s, without the comparison {ratio:5.2f} x cp + fsync"
+        whole = statistics.median(run.seconds for run in runs)
+        without = statistics.median(run.seconds - run.checking for run in runs)
+        peak = max(run.peak_mib for run in runs)
+        ends = f"{min(run.seconds for run in runs):.2f} to {max(run.seconds for run in runs):.2f}"
+        line = f"{name:30}{whole:6.2f} s ({ends}), without the comparison {without:5.2f} s, {without / base:5.2f} x cp + fsync"
         sys.stdout.write(f"{line}{f', peak {peak:.0f} MiB' if peak else ''}\n")
 
 

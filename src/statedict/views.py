@@ -24,6 +24,8 @@ def packed_stride(shape: Sequence[int]) -> tuple[int, ...]:
 
 def is_packed(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether the elements lie one behind the other in reading order; dimensions of size 1 don't matter."""
+    if len(shape) == 1:
+        return stride[0] == 1 or shape[0] < 2
     step = 1
     for size, jump in zip(reversed(shape), reversed(stride)):
         if size == 0:

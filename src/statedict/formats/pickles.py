@@ -131,9 +131,13 @@ class Machine(Literals):
                     marks.append(floor)
                 elif op == 0x58:  # BINUNICODE
                     end = pos + 4 + four_bytes(data, pos)[0]
-                    if end <= len(data):
-                        push(data[pos + 4 : end].decode("utf-8", "surrogatepass"))
+                    if end < guard:
+                        text = data[pos + 4 : end].decode("utf-8", "surrogatepass")
+                        push(text)
                         pos = end
+                        if data[pos] == 0x72:  # LONG_BINPUT, which all but always follows
+                            memo[four_bytes(data, pos + 1)[0]] = text
+                            pos += 5
                     else:
                         self._pos = pos
                         self._op_binunicode()
@@ -144,7 +148,10 @@ class Machine(Literals):
                         raise IndexError
                     args = stack.pop()
                     self._pos = pos
-                    stack[-1] = self._call(stack[-1], args)
+                    stack[-1] = made = self._call(stack[-1], args)
+                    if pos < guard and data[pos] == 0x72:
+                        memo[four_bytes(data, pos + 1)[0]] = made
+                        pos += 5
                 elif op == 0x74:  # TUPLE
                     items = tuple(stack[floor:])
                     if not marks:
@@ -153,13 +160,22 @@ class Machine(Literals):
                     marks.pop()
                     floor = marks[-1] if marks else 0
                     push(items)
+                    if pos < guard and data[pos] == 0x72:
+                        memo[four_bytes(data, pos + 1)[0]] = items
+                        pos += 5
                 elif op == 0x86 or op == 0x85 or op == 0x87:  # TUPLE2, TUPLE1, TUPLE3
                     count = op - 0x84
                     if len(stack) - count < floor:
                         raise IndexError
-                    items = tuple(stack[-count:])
-                    del stack[-count:]
-                    push(items)
+                    if count == 1:
+                        stack[-1] = items = (stack[-1],)
+                    else:
+                        items = tuple(stack[-count:])
+                        del stack[-count:]
+                        push(items)
+                    if pos < guard and data[pos] == 0x72:
+                        memo[four_bytes(data, pos + 1)[0]] = items
+                        pos += 5
                 elif op == 0x51:  # BINPERSID
                     if len(stack) == floor:
                         raise IndexError

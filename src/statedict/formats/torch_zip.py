@@ -216,8 +216,10 @@ def _container(file: File, records: dict[str, zips.ZipEntry], limits: Limits) ->
 
 def _notes(records: dict[str, zips.ZipEntry], storages: dict[str, Storage], tree: Tree) -> list[Finding]:
     notes = []
-    named = {storage.name.lower() for storage in storages.values()}
-    orphans = [name for name in records if name.startswith("data/") and name.lower() not in named]
+    orphans: list[str] = []
+    if sum([name.startswith("data/") for name in records]) > len(storages):
+        named = {storage.name.lower() for storage in storages.values()}
+        orphans = [name for name in records if name.startswith("data/") and name.lower() not in named]
     if orphans:
         nbytes = sum(records[name].nbytes for name in orphans)
         notes.append(
