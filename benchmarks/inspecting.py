@@ -61,7 +61,7 @@ def main() -> None:
             for suffix in (".pth", ".safetensors"):
                 path = written(folder / f"{count} tensors{suffix}", count, 4 * count)
                 many[f"inspect, {path.name}"] = [STATEDICT, "inspect", str(path)]
-        report(measure(many, max(3, options.runs // 3)))
+        report(measure(many, options.runs))
 
 
 def written(path: Path, count: int, nbytes: int) -> Path:

@@ -41,8 +41,15 @@ class Checkpoint(Mapping[str, LazyTensor]):
         self.source = source
         self.limits = limits
         self.reader = StorageReader(files)
-        self._paths = display(manifest.tensors)
+        self._shown: dict[str, Path] | None = None
         self._ties: dict[Path, tuple[str, ...]] | None = None
+
+    @property
+    def _paths(self) -> dict[str, Path]:
+        """Each tensor's path under the key that it is shown as."""
+        if self._shown is None:
+            self._shown = display(self.manifest.tensors)
+        return self._shown
 
     @property
     def format(self) -> str:

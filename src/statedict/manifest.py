@@ -336,6 +336,9 @@ def tied_groups(tensors: Mapping[Path, TensorEntry]) -> list[tuple[Path, ...]]:
 
     Same storage, offset, shape, strides and dtype. Empty tensors are tied to nothing.
     """
+    numbers = [entry.view.storage.id for entry in tensors.values() if entry.view is not None]
+    if len(set(numbers)) == len(numbers):
+        return []  # the usual case: each has a storage of its own
     groups: dict[tuple[object, ...], list[Path]] = {}
     for path, entry in tensors.items():
         view = entry.view
