@@ -339,6 +339,19 @@ def test_an_interrupted_conversion_leaves_nothing(
     assert ["m.safetensors"] == os.listdir(weights)
 
 
+def test_a_conversion_that_is_ended_by_sigterm_leaves_nothing(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import signal
+
+    from statedict.ops import writing
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(writing, "_compare", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    code = main(["convert", "m.safetensors", "m.pth"])
+
+    assert (143, ["m.safetensors"]) == (code, os.listdir(weights))
+    assert before == signal.getsignal(signal.SIGTERM)
+
+
 def test_bytes_that_come_back_otherwise_leave_the_old_file(
     weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import statedict
 from statedict.io.ranges import LocalFile
 
 Ranges = list[tuple[int, int]]
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -40,6 +43,15 @@ def total(ranges: Ranges) -> int:
     return sum(nbytes for _, nbytes in ranges)
 
 
+def traced(way: Callable[[], T]) -> tuple[T, int]:
+    """What it gives, and the most bytes that were allocated meanwhile."""
+    tracemalloc.start()
+    try:
+        return way(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
     """A safetensors file that claims 20 GB of float32 in rows of 1,000, whose bytes are holes but for a few."""
@@ -62,12 +74,7 @@ def test_opening_and_inspecting_read_the_header_alone(large: Path, read: Ranges)
 
 
 def test_the_memory_of_an_inspection_does_not_depend_on_the_files_size(large: Path) -> None:
-    tracemalloc.start()
-    try:
-        statedict.inspect(large)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    _, peak = traced(lambda: statedict.inspect(large))
 
     assert peak < 5_000_000
 
@@ -103,12 +110,7 @@ def test_a_column_is_read_by_ranges_in_bounded_memory(tmp_path: Path, read: Rang
 def test_blocks_of_a_tensor_are_read_in_bounded_memory(tmp_path: Path) -> None:
     save_file({"w": np.zeros(20_000_000, np.float32)}, tmp_path / "m.safetensors")
     with statedict.open(tmp_path / "m.safetensors") as checkpoint:
-        tracemalloc.start()
-        try:
-            count = sum(len(block) for block in checkpoint["w"].blocks())
-            _, peak = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
+        count, peak = traced(lambda: sum(len(block) for block in checkpoint["w"].blocks()))
 
     assert 80_000_000 == count
     assert peak < 10_000_000
@@ -118,12 +120,7 @@ def test_reading_into_a_buffer_makes_no_other(large: Path) -> None:
     with statedict.open(large) as checkpoint:
         part = checkpoint["w"][:5000]
         buffer = bytearray(part.nbytes)
-        tracemalloc.start()
-        try:
-            part.read(out=buffer)
-            _, peak = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
+        _, peak = traced(lambda: part.read(out=buffer))
 
     assert bytes(buffer[1234 * 4000 + 4 : 1234 * 4000 + 8]) == np.float32(1).tobytes()
     assert peak < 10_000_000
@@ -145,12 +142,7 @@ def test_a_compressed_record_is_unwrapped_in_bounded_memory(tmp_path: Path) -> N
         for info in old.infolist():
             new.writestr(info.filename, old.read(info), zipfile.ZIP_DEFLATED)
     with statedict.open(tmp_path / "m.pth") as checkpoint:
-        tracemalloc.start()
-        try:
-            count = sum(len(block) for block in checkpoint["w"].blocks())
-            _, peak = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
+        count, peak = traced(lambda: sum(len(block) for block in checkpoint["w"].blocks()))
 
     assert 40_000_000 == count
     assert peak < 20_000_000

@@ -189,18 +189,19 @@ def _identity(entry: TensorEntry) -> tuple[object, ...]:
 
 
 def _duplicates(evidence: Evidence, used: Mapping[int, _Views]) -> Iterator[Finding]:
-    equal: dict[tuple[int, int], list[_Views]] = {}
+    equal: dict[tuple[int, int | str], list[_Views]] = {}
     for views in used.values():
         storage = _storage(views)
-        if storage.crc is not None and storage.nbytes >= _COMPARED_NBYTES:
-            equal.setdefault((storage.nbytes, storage.crc), []).append(views)
+        recorded = storage.digest or storage.crc
+        if recorded is not None and storage.nbytes >= _COMPARED_NBYTES:
+            equal.setdefault((storage.nbytes, recorded), []).append(views)
     groups = [group for group in equal.values() if len(group) > 1]
     if not groups:
         return
     keys = _keys(evidence, [path for group in groups for views in group for path, _ in views])
     extra = sum(_storage(group[0]).nbytes * (len(group) - 1) for group in groups)
     message = (
-        f"{plural(sum(map(len, groups)), 'storage')} have the size and CRC-32 of another, probably the same tensor stored "
+        f"{plural(sum(map(len, groups)), 'storage')} have the size and check sum of another, probably the same tensor stored "
         f"more than once ({human_bytes(extra)} too many): {named(keys)}"
     )
     yield Finding("duplicate-tensors", "info", message, keys)
