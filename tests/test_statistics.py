@@ -95,6 +95,13 @@ def test_the_spread_is_right_wherever_the_mean_is(mean: float, spread: float) ->
     assert close(figures_of({"x": values}), expected(values))
 
 
+def test_one_value_apart_from_all_others() -> None:
+    values = np.full(257, 3.5e-11, np.float32)
+    values[0] = 0
+
+    assert close(figures_of({"x": values}), expected(values))
+
+
 def test_the_mean_may_wander() -> None:
     values = np.concatenate([random(4, 100_000) + shift for shift in (0, 1000, -50, 1e6)]).astype(np.float32)
 

@@ -117,7 +117,7 @@ _LARGE, _SMALL = 1e15, 1e-12
 # Sums of squares of a block are safe in float64 up to the first, and say something from a spread of the second on.
 _HUGE, _TINY = 1e150, 1e-140
 # How much farther from the pivot than spread about it the mean of a block may be, before the pivot is moved to it.
-_FAR = 64.0
+_FAR = 1.0
 # Elements whose squares are summed in float32 at once: 64 Ki of them gave errors of 6e-6, 8 Ki give a tenth.
 _DOT = 8192
 # Bytes from which on they are counted two at a time: 1.3 GB/s, but 65,536 counts; singly 0.8 GB/s.
