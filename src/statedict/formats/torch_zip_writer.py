@@ -21,6 +21,7 @@ from zlib import crc32
 
 from statedict.formats.layout import lay_out
 from statedict.formats.pickle_writer import PickleWriter
+from statedict.formats.zips import CENTRAL, END, END64, LOCAL, LOCATOR64
 from statedict.io.plans import Later, Literal, Payload, Segment, Source, Sum, WritePlan
 from statedict.manifest import Finding, Node, TensorEntry
 from statedict.nodes import every_tensor
@@ -34,11 +35,6 @@ _FOLDER = "archive"
 _MOST_32 = 0xFFFFFFFF
 # Names are UTF-8; sizes and CRC stand in a descriptor behind the bytes.
 _UTF8, _DESCRIPTOR = 0x800, 0x008
-_LOCAL = struct.Struct("<4s5H3I2H")
-_CENTRAL = struct.Struct("<4s6H3I5H2I")
-_END = struct.Struct("<4s4H2IH")
-_END64 = struct.Struct("<4sQ2H2I4Q")
-_LOCATOR64 = struct.Struct("<4sIQI")
 # The digits that torch's own writer gives the record: 20 of a hash of the names, 20 of a sum of the contents.
 _ID_DIGITS = 40
 
@@ -128,10 +124,10 @@ class TorchZipWriter:
         """The local header, padded so that the bytes behind it are aligned."""
         entry = _Entry(f"{_FOLDER}/{name}".encode(), nbytes, self._position, crc)
         extra = _extra64(entry)
-        start = entry.offset + _LOCAL.size + len(entry.name) + len(extra) + 4
+        start = entry.offset + LOCAL.size + len(entry.name) + len(extra) + 4
         padding = -start % _ALIGNMENT
         extra += b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
-        local = _LOCAL.pack(b"PK\x03\x04", 0, entry.flags, 0, 0, 0, 0, 0, 0, len(entry.name), len(extra))
+        local = LOCAL.pack(b"PK\x03\x04", 0, entry.flags, 0, 0, 0, 0, 0, 0, len(entry.name), len(extra))
         self._add(Literal(local + entry.name + extra))
         self._entries.append(entry)
         return entry
@@ -205,12 +201,12 @@ class TorchZipWriter:
         entries = self._entries
         late = self._late
         start = self._position
-        size = sum(_CENTRAL.size + len(entry.name) + len(_extra64(entry)) for entry in entries)
+        size = sum(CENTRAL.size + len(entry.name) + len(_extra64(entry)) for entry in entries)
         end64 = start + size
-        tail = _END64.pack(b"PK\x06\x06", _END64.size - 12, 45, 45, 0, 0, len(entries), len(entries), size, start)
-        tail += _LOCATOR64.pack(b"PK\x06\x07", 0, end64, 1)
+        tail = END64.pack(b"PK\x06\x06", END64.size - 12, 45, 45, 0, 0, len(entries), len(entries), size, start)
+        tail += LOCATOR64.pack(b"PK\x06\x07", 0, end64, 1)
         count = min(len(entries), 0xFFFF)
-        tail += _END.pack(b"PK\x05\x06", 0, 0, count, count, min(size, _MOST_32), min(start, _MOST_32), 0)
+        tail += END.pack(b"PK\x05\x06", 0, 0, count, count, min(size, _MOST_32), min(start, _MOST_32), 0)
 
         def render(sums: Mapping[str, Sum]) -> bytes:
             pieces = []
@@ -240,7 +236,7 @@ def _central(entry: _Entry, crc: int) -> bytes:
     extra = _extra64(entry)
     nbytes, offset = min(entry.nbytes, _MOST_32), min(entry.offset, _MOST_32)
     needed = 45 if extra else 0
-    head = _CENTRAL.pack(
+    head = CENTRAL.pack(
         b"PK\x01\x02", 0, needed, entry.flags, 0, 0, 0, crc, nbytes, nbytes, len(entry.name), len(extra), 0, 0, 0, 0, offset
     )  # fmt: skip
     return head + entry.name + extra

@@ -19,7 +19,12 @@ from statedict.limits import DEFAULT_LIMITS, Limits
 from statedict.manifest import Extent
 
 __all__ = [
+    "CENTRAL",
     "DEFLATED",
+    "END",
+    "END64",
+    "LOCAL",
+    "LOCATOR64",
     "STORED",
     "ZipDirectory",
     "ZipEntry",
@@ -31,11 +36,12 @@ __all__ = [
 ]
 
 STORED, DEFLATED = 0, 8
-_CENTRAL = struct.Struct("<4s6H3I5H2I")
-_LOCAL = struct.Struct("<4s5H3I2H")
-_END = struct.Struct("<4s4H2IH")
-_END64 = struct.Struct("<4sQ2H2I4Q")
-_LOCATOR64 = struct.Struct("<4sIQI")
+# The fixed parts of the records (APPNOTE 4.3.12, 4.3.7, 4.3.16, 4.3.14, 4.3.15), each beginning with its magic.
+CENTRAL = struct.Struct("<4s6H3I5H2I")
+LOCAL = struct.Struct("<4s5H3I2H")
+END = struct.Struct("<4s4H2IH")
+END64 = struct.Struct("<4sQ2H2I4Q")
+LOCATOR64 = struct.Struct("<4sIQI")
 # DEFLATE can't make more of a byte than this (RFC 1951: 258 bytes from two codes of one bit each).
 _MOST_RATIO = 1032
 _CUT = "The file was cut short or damaged: download or copy it again"
@@ -68,7 +74,7 @@ def read_directory(file: File, limits: Limits = DEFAULT_LIMITS, *, fold: bool = 
     With ``fold``, names that differ in case alone count as one, as they do in torch.
     """
     offset, nbytes, count = _locate(file)
-    if count > nbytes // _CENTRAL.size:
+    if count > nbytes // CENTRAL.size:
         raise CorruptFile(
             "the zip directory claims more entries than it has room for", path=file.path, offset=offset, found=count
         )
@@ -89,16 +95,16 @@ def read_directory(file: File, limits: Limits = DEFAULT_LIMITS, *, fold: bool = 
 
 def _locate(file: File) -> tuple[int, int, int]:
     """Offset, length and number of entries of the central directory."""
-    start = max(0, file.nbytes - 65536 - _END.size - 64)
+    start = max(0, file.nbytes - 65536 - END.size - 64)
     tail = file.read(start, file.nbytes - start)
     at = tail.rfind(b"PK\x05\x06")
-    while at >= 0 and (at + _END.size > len(tail) or at + _END.size + tail[at + 20] + tail[at + 21] * 256 > len(tail)):
+    while at >= 0 and (at + END.size > len(tail) or at + END.size + tail[at + 20] + tail[at + 21] * 256 > len(tail)):
         at = tail.rfind(b"PK\x05\x06", 0, at)
     if at < 0:
         raise CorruptFile("the zip archive has no end record", path=file.path, offset=file.nbytes, hint=_CUT)
-    _, _, _, _, count, nbytes, offset, _ = _END.unpack_from(tail, at)
-    if at >= _LOCATOR64.size and tail[at - _LOCATOR64.size : at - _LOCATOR64.size + 4] == b"PK\x06\x07":
-        _, _, end64, _ = _LOCATOR64.unpack_from(tail, at - _LOCATOR64.size)
+    _, _, _, _, count, nbytes, offset, _ = END.unpack_from(tail, at)
+    if at >= LOCATOR64.size and tail[at - LOCATOR64.size : at - LOCATOR64.size + 4] == b"PK\x06\x07":
+        _, _, end64, _ = LOCATOR64.unpack_from(tail, at - LOCATOR64.size)
         count, nbytes, offset = _resolve64(file, end64, (count, nbytes, offset))
     if offset + nbytes > start + at:
         raise CorruptFile("the zip directory lies outside the file", path=file.path, offset=offset, hint=_CUT)
@@ -107,8 +113,8 @@ def _locate(file: File) -> tuple[int, int, int]:
 
 def _resolve64(file: File, end64: int, short: tuple[int, int, int]) -> tuple[int, int, int]:
     """The 64-bit end record's values, once they agree with the short one's wherever that has room for them."""
-    raw = file.read(end64, _END64.size)
-    magic, _, _, _, _, _, _, count, nbytes, offset = _END64.unpack(raw)
+    raw = file.read(end64, END64.size)
+    magic, _, _, _, _, _, _, count, nbytes, offset = END64.unpack(raw)
     if magic != b"PK\x06\x06":
         raise CorruptFile("the zip archive's 64-bit end record is missing", path=file.path, offset=end64, hint=_CUT)
     for value, long, full in zip(short, (count, nbytes, offset), (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)):
@@ -121,11 +127,11 @@ def _resolve64(file: File, end64: int, short: tuple[int, int, int]) -> tuple[int
 
 def _entry(data: bytes, pos: int) -> tuple[ZipEntry, int]:
     (magic, _, _, flags, method, _, _, crc, packed, nbytes, n_name, n_extra, n_comment, _, _, _, offset) = (
-        _CENTRAL.unpack_from(data, pos)
+        CENTRAL.unpack_from(data, pos)
     )
     if magic != b"PK\x01\x02":
         raise IndexError("no entry here")
-    first = pos + _CENTRAL.size
+    first = pos + CENTRAL.size
     name = data[first : first + n_name].decode("utf-8" if flags & 0x800 else "cp437")
     if nbytes == 0xFFFFFFFF or packed == 0xFFFFFFFF or offset == 0xFFFFFFFF:
         extra = data[first + n_name : first + n_name + n_extra]
@@ -179,7 +185,7 @@ def _check(file: File, entries: list[ZipEntry], directory: int, fold: bool) -> N
             raise CorruptFile(
                 f"entry '{entry.name}' overlaps the one before it", path=file.path, offset=entry.header_offset
             )
-        last = entry.header_offset + _LOCAL.size + entry.packed_nbytes
+        last = entry.header_offset + LOCAL.size + entry.packed_nbytes
     if last > directory:
         raise CorruptFile("the last entry runs into the zip directory", path=file.path, offset=directory, hint=_CUT)
 
@@ -192,12 +198,12 @@ def data_offset(file: File, entry: ZipEntry) -> int:
 def data_offsets(file: File, entries: Sequence[ZipEntry]) -> list[int]:
     """The same for many entries; reads their local headers together."""
     names = [entry.name.encode("utf-8" if entry.flags & 0x800 else "cp437") for entry in entries]
-    heads = read_many(file, [(entry.header_offset, _LOCAL.size + len(name)) for entry, name in zip(entries, names)])
+    heads = read_many(file, [(entry.header_offset, LOCAL.size + len(name)) for entry, name in zip(entries, names)])
     out: list[int] = []
-    unpack = _LOCAL.unpack_from
+    unpack = LOCAL.unpack_from
     for entry, name, head in zip(entries, names, heads):
         magic, _, flags, method, _, _, _, _, _, n_name, n_extra = unpack(head)
-        if magic != b"PK\x03\x04" or head[_LOCAL.size :] != name or n_name != len(name) or method != entry.method:
+        if magic != b"PK\x03\x04" or head[LOCAL.size :] != name or n_name != len(name) or method != entry.method:
             raise CorruptFile(
                 f"the local header of entry '{entry.name}' is not what the zip directory says",
                 path=file.path,
@@ -214,7 +220,7 @@ def data_offsets(file: File, entries: Sequence[ZipEntry]) -> list[int]:
                 path=file.path,
                 hint="Pack it again with deflate or without compression",
             )
-        out.append(entry.header_offset + _LOCAL.size + n_name + n_extra)
+        out.append(entry.header_offset + LOCAL.size + n_name + n_extra)
     return out
 
 
