@@ -16,7 +16,7 @@ from statedict.views import boxes, is_packed, sliced
 if TYPE_CHECKING:
     import torch
 
-    from statedict.numerics import Array
+    from statedict.numerics.arrays import Array
 
 __all__ = ["LazyTensor", "Origin"]
 
@@ -128,6 +128,11 @@ class LazyTensor:
                 expected=f"{self.nbytes} bytes",
                 found=buffer.nbytes,
             )
+        if self.is_plain and self.numel:
+            view = self._readable().view
+            assert view is not None
+            self.origin.reader.read_into(view.storage, self.plain_range()[0], buffer)
+            return buffer
         done = 0
         for block in self.blocks():
             buffer[done : done + len(block)] = block
@@ -173,7 +178,7 @@ class LazyTensor:
 
     def _gathered_blocks(self, entry: TensorEntry) -> Iterator[memoryview]:
         """Pieces of a scattered tensor, cut along its first dimensions so that each fits."""
-        from statedict.numerics import to_packed_bytes
+        from statedict.numerics.arrays import to_packed_bytes
 
         for index in _pieces(entry.shape, max(1, _SCATTERED_NBYTES // max(entry.dtype.itemsize, 1))):
             part = self[index] if entry.shape else self
@@ -185,7 +190,7 @@ class LazyTensor:
         bfloat16 and the eight-bit floats get ml_dtypes' types; ``float4_e2m1fn_x2`` stays pairs in ``uint8``; complex32
         becomes a structured array. Raises ``Unsupported`` for sparse, quantised, nested and meta tensors.
         """
-        from statedict.numerics import array
+        from statedict.numerics.arrays import array
 
         entry = self._readable()
         if not self.is_plain and entry.numel:
@@ -207,7 +212,7 @@ class LazyTensor:
 
     def _gather(self) -> Array:
         """The values of a scattered tensor: read in file order in boxes, each put where it belongs."""
-        from statedict.numerics import empty, gather
+        from statedict.numerics.arrays import empty, gather
 
         entry = self.entry
         view, dtype = entry.view, entry.dtype

@@ -23,7 +23,7 @@ from statedict.report.units import plural
 from statedict.views import boxes, is_packed, packed_stride
 
 if TYPE_CHECKING:
-    from statedict.numerics import Scratch, Tally
+    from statedict.numerics.tallies import Scratch, Tally
 
 __all__ = ["Progress", "statistics_of"]
 
@@ -139,7 +139,7 @@ def statistics_of(
     Minimum and maximum are of all values but NaN, mean and std (of the population) of the finite ones. Raises what reading
     raises: a file that ends too early, for example.
     """
-    from statedict.numerics import Tally
+    from statedict.numerics.tallies import Tally
 
     items, findings = _items(checkpoint)
     _Workers(items, checkpoint, on_progress).run()
@@ -282,7 +282,7 @@ class _Workers:
             self._error = self._error or error
 
     def _work(self, jobs: Iterator[list[_Piece]]) -> None:
-        from statedict.numerics import Scratch, quiet
+        from statedict.numerics.tallies import Scratch, quiet
 
         # A reader of its own: it remembers how far the last compressed storage was unwrapped.
         reader, scratch = StorageReader(self._files), Scratch()
@@ -300,7 +300,7 @@ class _Workers:
 
 
 def _carry_out(job: list[_Piece], reader: StorageReader, scratch: Scratch) -> None:
-    from statedict.numerics import Tally
+    from statedict.numerics.tallies import Tally
 
     together = [piece for piece in job if piece.item.is_near] if len(job) > 1 else []
     near = dict(zip(map(id, together), _read(together, reader)))
@@ -324,7 +324,7 @@ def _read(pieces: list[_Piece], reader: StorageReader) -> list[bytes]:
 
 def _blocks(piece: _Piece, tally: Tally, reader: StorageReader, scratch: Scratch) -> Iterator[memoryview]:
     """The values of a piece as packed little-endian bytes, in blocks for the tally; each valid until the next."""
-    from statedict.numerics import empty, gather, to_packed_bytes
+    from statedict.numerics.arrays import empty, gather, to_packed_bytes
 
     item = piece.item
     storage, dtype, size = item.storage, item.dtype, item.dtype.itemsize
@@ -352,6 +352,6 @@ def _blocks(piece: _Piece, tally: Tally, reader: StorageReader, scratch: Scratch
 
 def _little(data: memoryview, item: _Item) -> memoryview:
     """Values of a storage as little-endian ones."""
-    from statedict.numerics import swapped
+    from statedict.numerics.arrays import swapped
 
     return data if item.storage.byteorder == "little" or item.dtype.swap == 1 else swapped(data, item.dtype)
