@@ -20,8 +20,9 @@ LEVELS = (
     {"io", "numerics"},
     {"formats"},
     {"bridge", "memory"},
-    {"checkpoint", "lazy_tensor", "rules"},
+    {"checkpoint", "lazy_tensor", "prefixes", "rules"},
     {"ops", "runs"},
+    {"doors"},
     {"torch"},
     {"__init__"},
     {"cli"},
@@ -32,6 +33,7 @@ LEVELS = (
 OUTSIDERS = {
     "fsspec": {"io"},
     "gguf": {"formats"},
+    "isal": {"io"},
     "ml_dtypes": {"numerics", "torch"},
     "numpy": {"numerics", "torch"},
     "rich": {"cli", "report"},
@@ -114,8 +116,8 @@ FOREIGN = [found for found in IMPORTS if found.target.split(".")[0] not in {"sta
 
 
 def is_door(found: Import) -> bool:
-    """The late import of ``statedict.torch`` that the bridge and the command line may have."""
-    return part(found.target) == "torch" and found.late and part(found.importer) in ("bridge", "cli")
+    """The late import of ``statedict.torch`` that the bridge, the doors and the command line may have."""
+    return part(found.target) == "torch" and found.late and part(found.importer) in ("bridge", "cli", "doors")
 
 
 def test_every_module_has_a_level() -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
-from zlib import crc32
 
 from xxhash import xxh3_128
 
 from statedict.errors import CorruptFile
+from statedict.io.crc import crc32
 from statedict.io.plans import Later, Literal, MemorySource, Payload, Sum, WritePlan
 from statedict.io.ranges import BLOCK_NBYTES, File, LocalFile, blocks
 

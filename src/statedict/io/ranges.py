@@ -11,7 +11,8 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple, Protocol
+from threading import Lock
+from typing import BinaryIO, NamedTuple, Protocol
 
 from statedict.errors import CorruptFile, FileError, UnknownFormat, one_line
 
@@ -22,6 +23,7 @@ __all__ = [
     "MemoryFile",
     "Run",
     "Slice",
+    "StreamFile",
     "blocks",
     "close_all",
     "merge",
@@ -139,6 +141,55 @@ class MemoryFile:
 
     def close(self) -> None:
         """Nothing to let go of."""
+
+
+class StreamFile:
+    """An open binary file object that can be positioned, from where it stands to its end; it stays open, and its owner's."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        """Raises ``FileError`` for an object that can't be read by position (a pipe, a socket, a text file)."""
+        name = getattr(stream, "name", None)
+        self.path = name if isinstance(name, str) else "<stream>"
+        self._stream = stream
+        self._lock = Lock()
+        try:
+            self._start = stream.tell()
+            self.nbytes = stream.seek(0, os.SEEK_END) - self._start
+            stream.seek(self._start)
+            if not isinstance(stream.read(0), bytes):
+                raise FileError("can't be read: it gives text. Open it for bytes", path=self.path)
+        except (OSError, ValueError, AttributeError) as error:
+            if isinstance(error, FileError):
+                raise
+            raise FileError(f"can't be read by position: {one_line(error)}", path=self.path) from error
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Exactly that many bytes, or ``CorruptFile``."""
+        if nbytes < 0 or offset < 0 or offset + nbytes > self.nbytes:
+            raise _short(self.path, offset, nbytes, self.nbytes)
+        buffer = bytearray(nbytes)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer from that position, one thread at a time."""
+        done = 0
+        with self._lock:
+            try:
+                self._stream.seek(self._start + offset)
+                while done < len(buffer):
+                    data = self._stream.read(len(buffer) - done)
+                    if not data:
+                        raise _short(self.path, offset, len(buffer), offset + done)
+                    buffer[done : done + len(data)] = data
+                    done += len(data)
+            except (OSError, ValueError) as error:
+                if isinstance(error, CorruptFile):
+                    raise
+                raise FileError(f"can't be read at byte {offset + done}: {one_line(error)}", path=self.path) from error
+
+    def close(self) -> None:
+        """The object belongs to whoever opened it."""
 
 
 def _short(path: str, offset: int, wanted: int, size: int) -> CorruptFile:
