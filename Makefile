@@ -61,6 +61,9 @@ bench: $(TORCH)/$(INSTALLED)
 	$(TORCH)/bin/python benchmarks/figures.py
 	$(TORCH)/bin/python benchmarks/converting.py
 	$(TORCH)/bin/python benchmarks/copying.py
+	$(TORCH)/bin/python benchmarks/saving.py
+	$(TORCH)/bin/python benchmarks/loading.py
+	$(TORCH)/bin/python benchmarks/devices.py
 
 clean:
 	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

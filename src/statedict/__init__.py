@@ -1,4 +1,4 @@
-"""Open, inspect and convert checkpoints without running a byte of them.
+"""Save, load, open, inspect, compare and convert checkpoints without running a byte of them.
 
     with statedict.open("model.pth") as ckpt:
         ckpt["fc1.weight"][0:2].numpy()
@@ -13,6 +13,15 @@ TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from statedict.checkpoint import Checkpoint, open
+    from statedict.doors import (
+        filter_state_dict,
+        load,
+        load_into,
+        load_model_safely,
+        load_training_state,
+        save,
+        save_training_state,
+    )
     from statedict.errors import (
         CorruptFile,
         FileError,
@@ -33,17 +42,25 @@ if TYPE_CHECKING:
         UnsafeContent,
         Unsupported,
     )
+    from statedict.io.engine import Engine
     from statedict.lazy_tensor import LazyTensor
     from statedict.limits import Limits
+    from statedict.ops.chapter import compare_state_dicts, inspect_state_dict
+    from statedict.ops.compare import compare
+    from statedict.ops.comparison import Comparison
     from statedict.ops.convert import Conversion, convert
     from statedict.ops.inspect import Inspection, inspect
+    from statedict.ops.load_report import LoadReport
+    from statedict.ops.transfers import ReadReport, SaveReport
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Checkpoint",
+    "Comparison",
     "Conversion",
     "CorruptFile",
+    "Engine",
     "FileError",
     "FormatError",
     "Inspection",
@@ -52,9 +69,12 @@ __all__ = [
     "LazyTensor",
     "LimitExceeded",
     "Limits",
+    "LoadReport",
     "MissingDependency",
+    "ReadReport",
     "RuleError",
     "RunError",
+    "SaveReport",
     "SpecMismatch",
     "StateDictError",
     "StepExists",
@@ -65,21 +85,46 @@ __all__ = [
     "UnsafeContent",
     "Unsupported",
     "__version__",
+    "compare",
+    "compare_state_dicts",
     "convert",
+    "filter_state_dict",
     "inspect",
+    "inspect_state_dict",
+    "load",
+    "load_into",
+    "load_model_safely",
+    "load_training_state",
     "open",
+    "save",
+    "save_training_state",
 ]
 
 # Where each name that is no error lives. The names of errors are all in one module.
 _HOMES = {
     "Checkpoint": "statedict.checkpoint",
+    "Comparison": "statedict.ops.comparison",
     "Conversion": "statedict.ops.convert",
+    "Engine": "statedict.io.engine",
     "Inspection": "statedict.ops.inspect",
     "LazyTensor": "statedict.lazy_tensor",
     "Limits": "statedict.limits",
+    "LoadReport": "statedict.ops.load_report",
+    "ReadReport": "statedict.ops.transfers",
+    "SaveReport": "statedict.ops.transfers",
+    "compare": "statedict.ops.compare",
+    "compare_state_dicts": "statedict.ops.chapter",
     "convert": "statedict.ops.convert",
+    "filter_state_dict": "statedict.doors",
     "inspect": "statedict.ops.inspect",
+    "inspect_state_dict": "statedict.ops.chapter",
+    "load": "statedict.doors",
+    "load_into": "statedict.doors",
+    "load_model_safely": "statedict.doors",
+    "load_training_state": "statedict.doors",
     "open": "statedict.checkpoint",
+    "save": "statedict.doors",
+    "save_training_state": "statedict.doors",
 }
 
 if not TYPE_CHECKING:  # a type checker that saw it would believe in any name

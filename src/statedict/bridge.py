@@ -14,10 +14,21 @@ from statedict.manifest import Storage, TensorEntry, TorchValue
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["StorageOf", "entry_of", "is_module", "is_tensor", "small_value", "state_dict", "to_torch"]
+__all__ = ["StorageOf", "entry_of", "is_module", "is_tensor", "need_torch", "small_value", "state_dict", "to_torch"]
 
-# Gives the storage of a key; the object keeps its memory, and the function gives bytes and byte order when it is new.
-StorageOf = Callable[[object, object, Callable[[], "tuple[Any, str]"]], Storage]
+# Gives the storage of a key; the object keeps its memory, and the function gives bytes and byte order when it is new. It is given
+# a dict for what the storages of one gathering share.
+StorageOf = Callable[[object, object, Callable[["dict[object, Any]"], "tuple[Any, str]"]], Storage]
+
+
+def need_torch(what: str, hint: str) -> None:
+    """Raise ``MissingDependency`` where torch can't be imported, with what needs it and what else could be done."""
+    try:
+        import statedict.torch.tensors  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency(
+            f"{what} torch, which can't be imported here", hint=f"Install it: pip install 'statedict[torch]'{hint}"
+        ) from error
 
 
 def _is_a(value: object, module: str, name: str) -> bool:
@@ -55,11 +66,8 @@ def small_value(value: object) -> TorchValue | None:
 
 def to_torch(tensor: Any) -> torch.Tensor:
     """A ``LazyTensor`` as one of torch's, in memory of its own. Raises ``MissingDependency`` where torch isn't installed."""
-    try:
-        from statedict.torch.tensors import to_torch
-    except ImportError as error:
-        raise MissingDependency(
-            "tensors of torch need torch", hint="Install it: pip install 'statedict[torch]', or use .numpy()"
-        ) from error
+    need_torch("tensors of torch need", ", or use .numpy()")
+    from statedict.torch.tensors import to_torch
+
     made: torch.Tensor = to_torch(tensor)
     return made

@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from statedict.errors import KeyNotFound, StateDictError, Unsupported
-from statedict.io.ranges import File, LocalFile, close_all
+from statedict.io.ranges import File, LocalFile, StreamFile, close_all
 from statedict.io.storages import StorageReader
 from statedict.keys import Path, display, dotted, escaped, near
 from statedict.lazy_tensor import LazyTensor
 from statedict.limits import DEFAULT_LIMITS, Limits
-from statedict.manifest import Container, Manifest, TensorEntry, tied_groups
-from statedict.nodes import find, fold, rebased
+from statedict.manifest import Manifest, Node, ObjectEntry, TensorEntry, tied_groups
+from statedict.nodes import find, fold, rebased, rebuilt
 
-__all__ = ["Checkpoint", "open"]
+__all__ = ["Checkpoint", "of_memory", "open"]
 
 
 class Checkpoint(Mapping[str, LazyTensor]):
@@ -117,14 +117,23 @@ class Checkpoint(Mapping[str, LazyTensor]):
             root, tensors, objects = rebased(find(self.manifest.structure, key))
         except StateDictError as error:
             raise error.located(self.source) from None
+        name = key if isinstance(key, str) else escaped(key)
+        return self._over(root, tensors, objects, f"{self.source}#{name}")
+
+    def with_root(self, root: Node) -> Checkpoint:
+        """A checkpoint of the same files and name whose tree is another one, made of nodes of this one."""
+        return self._over(*rebased(root), self.source)
+
+    def _over(
+        self, root: Node, tensors: dict[Path, TensorEntry], objects: dict[Path, ObjectEntry], source: str
+    ) -> Checkpoint:
         used = {entry.view.storage.id for entry in tensors.values() if entry.view is not None}
         used |= {
             part.view.storage.id for entry in tensors.values() for part in entry.parts.values() if part.view is not None
         }
-        storages = tuple(storage for storage in self.manifest.storages if storage.id in used)
+        storages = tuple([storage for storage in self.manifest.storages if storage.id in used])
         manifest = self.manifest._replace(tensors=tensors, objects=objects, structure=root, storages=storages)
-        name = key if isinstance(key, str) else escaped(key)
-        return Checkpoint(manifest, self.reader.files, source=f"{self.source}#{name}", limits=self.limits)
+        return Checkpoint(manifest, self.reader.files, source=source, limits=self.limits, owns_files=False)
 
     def tree(self) -> Any:
         """The nested Python value that was saved, with a ``LazyTensor`` for every tensor.
@@ -132,7 +141,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         Dicts, lists and tuples come back as themselves, an OrderedDict with its ``_metadata``; unknown objects as ``Opaque``.
         """
         return fold(
-            self.manifest.structure, lambda e: LazyTensor(e, self) if isinstance(e, TensorEntry) else e.value, _rebuilt
+            self.manifest.structure, lambda e: LazyTensor(e, self) if isinstance(e, TensorEntry) else e.value, rebuilt
         )
 
     def tied_with(self, entry: TensorEntry) -> tuple[str, ...]:
@@ -158,47 +167,12 @@ class Checkpoint(Mapping[str, LazyTensor]):
         self.close()
 
 
-def _rebuilt(node: Container, children: list[Any]) -> Any:
-    """The Python container that a node stands for."""
-    kind = node.kind
-    if kind in ("list", "tuple", "set", "frozenset"):
-        return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](children)
-    pairs = zip(node.keys, children)
-    if kind == "Namespace":
-        from types import SimpleNamespace
-
-        return SimpleNamespace(**{str(key): value for key, value in pairs})
-    if kind == "opaque":
-        from statedict.manifest import Opaque
-
-        module, _, name = node.type.rpartition(".")
-        fields = dict(pairs)
-        if node.attributes.get("fields"):
-            return Opaque(module, name, (), fields)
-        made = Opaque(module, name, fields.get("args", ()), fields.get("state"))
-        made.items = list(fields.get("items", ()))
-        made.pairs = [(key, value) for key, value in fields.get("pairs", ())]
-        return made
-    import collections
-
-    made_dict: Any = {
-        "OrderedDict": collections.OrderedDict,
-        "Counter": collections.Counter,
-        "defaultdict": collections.defaultdict,
-    }.get(kind, dict)()
-    made_dict.update(pairs) if kind != "Counter" else dict.update(made_dict, pairs)
-    for name, value in node.attributes.items():
-        if kind == "OrderedDict" and name == "_metadata":
-            made_dict._metadata = value
-    return made_dict
-
-
 def open(source: Any, *, at: str | Path | None = None, limits: Limits | None = None) -> Checkpoint:
     """A checkpoint, opened without being run: its header is read, its tensors are not.
 
     ``source`` is a path (``PATH#KEY`` selects a part), a ``Checkpoint``, a mapping of tensors (of torch, numpy or lazy ones, flat
-    or nested), or a module. Files are read by position, and stay open until the checkpoint is closed; of tensors in memory
-    nothing is copied.
+    or nested), a module, or an open binary file object that can be positioned. Files are read by position, and stay open
+    until the checkpoint is closed; of tensors in memory nothing is copied.
 
     Raises ``FileError`` (it can't be opened), ``UnknownFormat`` (it is no checkpoint, and what it is), ``CorruptFile``,
     ``Unsupported``, ``LimitExceeded`` and ``KeyNotFound`` (nothing under ``at``).
@@ -206,6 +180,9 @@ def open(source: Any, *, at: str | Path | None = None, limits: Limits | None = N
     limits = limits or DEFAULT_LIMITS
     if isinstance(source, Checkpoint):
         return source if at is None else source.at(at)
+    if hasattr(source, "read") and hasattr(source, "seek"):
+        made = _opened(StreamFile(source), limits)
+        return made if at is None else made.at(at)
     if not isinstance(source, (str, os.PathLike)):
         made = _open_memory(source, limits)
         return made if at is None else made.at(at)
@@ -223,15 +200,25 @@ def open(source: Any, *, at: str | Path | None = None, limits: Limits | None = N
 
 
 def _open_memory(source: Any, limits: Limits) -> Checkpoint:
-    from statedict.memory import is_source, manifest_of
+    from statedict.memory import is_source
 
     if not is_source(source):
         raise Unsupported(
             f"a {type(source).__name__} can't be opened",
             hint="Give a path, a Checkpoint, a mapping of tensors, or a module",
         )
-    manifest, files = manifest_of(source, limits, _lazy)
-    name = f"{type(source).__name__} in memory"
+    return of_memory(source, limits)
+
+
+def of_memory(value: Any, limits: Limits = DEFAULT_LIMITS, *, still: bool = False) -> Checkpoint:
+    """Any nested value in memory as a checkpoint, a single tensor too; nothing is copied. Raises as ``manifest_of`` does.
+
+    ``still`` says that it won't change until all of it was read, so that memory of devices may be read ahead.
+    """
+    from statedict.memory import manifest_of
+
+    manifest, files = manifest_of(value, limits, _lazy, still=still)
+    name = f"{type(value).__name__} in memory"
     return Checkpoint(manifest.validate(limits), files, source=name, limits=limits, owns_files=False)
 
 
@@ -253,17 +240,20 @@ def _uncollected() -> Iterator[None]:
 
 
 def _open_file(path: str, limits: Limits) -> Checkpoint:
-    from statedict.formats import read_manifest
-
     if "://" in path:
         raise Unsupported("addresses can't be opened yet", path=path, hint="Download the file first")
-    file = LocalFile(path)
+    return _opened(LocalFile(path), limits)
+
+
+def _opened(file: File, limits: Limits) -> Checkpoint:
+    from statedict.formats import read_manifest
+
     try:
         with _uncollected():
             manifest = read_manifest([file], limits)
-        return Checkpoint(manifest, [file], source=path, limits=limits)
+        return Checkpoint(manifest, [file], source=file.path, limits=limits)
     except BaseException as error:
         file.close()
         if isinstance(error, StateDictError):
-            raise error.located(path) from error.__cause__
+            raise error.located(file.path) from error.__cause__
         raise

@@ -13,9 +13,12 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 
-__all__ = ["Path", "display", "dotted", "escaped", "matches", "natural", "near", "parse_escaped", "template"]
+__all__ = ["Path", "display", "dotted", "escaped", "folded", "matches", "natural", "near", "parse_escaped", "template"]
 
 Path = tuple[str | int, ...]
+
+# Two keys are as quickly read as one with braces.
+_FEWEST_FOLDED = 3
 
 _NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,8})(?![^.])")
 _PIECE = re.compile(r"((?:[^.\\]|\\.)*)(\.|\Z)", re.DOTALL)
@@ -111,6 +114,31 @@ def template(key: str) -> tuple[str, tuple[int, ...]]:
     if len(parts) == 1:
         return key, ()
     return "{}".join(parts[::2]), tuple(map(int, parts[1::2]))
+
+
+def folded(keys: Iterable[str]) -> list[str]:
+    """The keys with those that differ in their first number as one, ``layers.{0…31}.weight``, where no number is left out.
+
+    In the order of the first key of each.
+    """
+    groups: dict[tuple[str, str], list[int]] = {}
+    for key in dict.fromkeys(keys):
+        before, number, after = _first_number(key)
+        groups.setdefault((before, after), []).append(number)
+    found = []
+    for (before, after), numbers in groups.items():
+        low, high = min(numbers), max(numbers)
+        if high - low + 1 == len(numbers) >= _FEWEST_FOLDED:
+            found.append(f"{before}{{{low}…{high}}}{after}")
+        else:
+            found += [before if number < 0 else f"{before}{number}{after}" for number in numbers]
+    return found
+
+
+def _first_number(key: str) -> tuple[str, int, str]:
+    """What stands before the first whole-component number, the number (-1 where there is none), and what follows."""
+    match = _NUMBER.search(key)
+    return (key, -1, "") if match is None else (key[: match.start()], int(match[0]), key[match.end() :])
 
 
 def matches(key: str, glob: str) -> bool:

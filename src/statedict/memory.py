@@ -18,6 +18,7 @@ from statedict.formats.value_tree import TreeBuilder
 from statedict.io.ranges import File
 from statedict.limits import Limits
 from statedict.manifest import (
+    Extent,
     FileFact,
     Manifest,
     NumpyScalar,
@@ -28,7 +29,7 @@ from statedict.manifest import (
     TorchValue,
 )
 
-__all__ = ["Gathered", "is_source", "manifest_of"]
+__all__ = ["Gathered", "is_foreign", "is_source", "manifest_of"]
 
 # Types that are values as they are.
 _PLAIN = frozenset(
@@ -48,21 +49,30 @@ Lazy = Callable[[object], "tuple[TensorEntry, tuple[File, ...]] | None"]
 class Gathered:
     """The storages and files that were met: the same memory gives the same storage."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, still: bool = False) -> None:
+        """``still`` says that the memory won't change until all of it was read: devices may be read ahead."""
         self.files: list[File] = []
+        self._numbers: dict[int, int] = {}  # of the files, by their id
+        self._shared: dict[object, Any] = {"still": still}  # what the readers of several storages use together
         self._storages: dict[object, Storage] = {}
         self._alive: list[object] = []  # what the storages' memory belongs to
 
-    def storage(self, key: object, owner: object, make: Callable[[], tuple[Any, str]]) -> Storage:
-        """The storage of that key; ``make`` gives its bytes and byte order when it is met first."""
+    def storage(self, key: object, owner: object, make: Callable[[dict[object, Any]], tuple[Any, str]]) -> Storage:
+        """The storage of that key. ``make`` gives its bytes and byte order when it is met first: memory of the CPU, or a file
+        that reads the memory of another device; it may keep what several of those share in the dict that it is given.
+        """
         found = self._storages.get(key)
         if found is None:
-            data, byteorder = make()
-            view = memoryview(data).cast("B")
+            data, byteorder = make(self._shared)
+            number = len(self._storages)
             self._alive.append(owner)
-            found = self._storages[key] = Storage(
-                len(self._storages), view.nbytes, None, view, byteorder, None, "memory"
-            )
+            if hasattr(data, "read_into"):
+                extent = Extent(self._number(data), 0, data.nbytes)
+                found = Storage(number, data.nbytes, extent, None, byteorder, None, data.path)
+            else:
+                view = memoryview(data).cast("B")
+                found = Storage(number, view.nbytes, None, view, byteorder, None, "memory")
+            self._storages[key] = found
         return found
 
     def moved(self, entry: TensorEntry, files: tuple[File, ...]) -> TensorEntry:
@@ -85,9 +95,10 @@ class Gathered:
         return found
 
     def _number(self, file: File) -> int:
-        if file not in self.files:
+        number = self._numbers.setdefault(id(file), len(self.files))
+        if number == len(self.files):
             self.files.append(file)
-        return self.files.index(file)
+        return number
 
 
 def is_source(value: object) -> bool:
@@ -95,18 +106,25 @@ def is_source(value: object) -> bool:
     return isinstance(value, Mapping) or bridge.is_module(value)
 
 
-def manifest_of(value: object, limits: Limits, lazy: Lazy) -> tuple[Manifest, list[File]]:
+def manifest_of(value: object, limits: Limits, lazy: Lazy, *, still: bool = False) -> tuple[Manifest, list[File]]:
     """The manifest of a nested value, and the files that its lazy tensors are read from.
 
     A module stands for its state dict. Objects of unknown classes become inert records of their attributes. Raises
     ``Unsupported`` for tensors whose memory can't be seen, ``CorruptFile`` for a container that contains itself.
     """
-    gathered = Gathered()
+    gathered = Gathered(still=still)
     root = bridge.state_dict(value) if bridge.is_module(value) else value
     tree = TreeBuilder(_no_storage, limits, path="memory", adapt=_Adapter(gathered, lazy)).build(root)
     facts = tuple(FileFact(file.path, file.nbytes) for file in gathered.files)
     manifest = Manifest("memory", facts, tuple(tree.storages), tree.tensors, tree.objects, tree.root)
     return manifest, gathered.files
+
+
+def is_foreign(value: object) -> bool:
+    """Whether a value that is no container would become a record: an object of a class that nobody builds on loading."""
+    if bridge.is_tensor(value) or isinstance(value, Opaque):
+        return False
+    return isinstance(_Adapter(Gathered(), lambda item: None)(value), Opaque)
 
 
 def _no_storage(ref: object) -> Storage:
@@ -182,7 +200,7 @@ class _Adapter:
             array = owner
         byteorder = "big" if array.dtype.str.startswith(">") else "little"
         storage = self._gathered.storage(
-            id(owner), owner, lambda: (flat.reshape(-1).view("u1") if flat.size else b"", byteorder)
+            id(owner), owner, lambda shared: (flat.reshape(-1).view("u1") if flat.size else b"", byteorder)
         )
         first = array.__array_interface__["data"][0] - owner.__array_interface__["data"][0] if array.size else 0
         stride = tuple(step // array.itemsize for step in array.strides)

@@ -1,4 +1,4 @@
-"""The structure of a checkpoint as a tree of nodes: walking it, finding a part of it, giving a part new paths.
+"""The structure of a checkpoint as a tree of nodes: walking it, finding a part, giving a part new paths, and back to Python.
 
 Nothing here recurses: a file decides how deep its tree is.
 """
@@ -12,7 +12,7 @@ from statedict.errors import KeyNotFound
 from statedict.keys import Path, near, parse_escaped
 from statedict.manifest import Container, Node, ObjectEntry, Opaque, TensorEntry
 
-__all__ = ["components", "every_tensor", "find", "fold", "rebased", "walk"]
+__all__ = ["components", "every_tensor", "find", "fold", "rebased", "rebuilt", "walk"]
 
 
 def components(keys: Sequence[object]) -> list[str | int]:
@@ -167,3 +167,36 @@ def fold(
             pending.append((node, siblings, index, results))
             pending.extend((node.children[i], results, i, None) for i in range(len(results) - 1, -1, -1))
     return top[0]
+
+
+def rebuilt(node: Container, children: list[Any]) -> Any:
+    """The Python container that a node stands for."""
+    kind = node.kind
+    if kind in ("list", "tuple", "set", "frozenset"):
+        return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](children)
+    pairs = zip(node.keys, children)
+    if kind == "Namespace":
+        from types import SimpleNamespace
+
+        return SimpleNamespace(**{str(key): value for key, value in pairs})
+    if kind == "opaque":
+        module, _, name = node.type.rpartition(".")
+        fields = dict(pairs)
+        if node.attributes.get("fields"):
+            return Opaque(module, name, (), fields)
+        made = Opaque(module, name, fields.get("args", ()), fields.get("state"))
+        made.items = list(fields.get("items", ()))
+        made.pairs = [(key, value) for key, value in fields.get("pairs", ())]
+        return made
+    import collections
+
+    made_dict: Any = {
+        "OrderedDict": collections.OrderedDict,
+        "Counter": collections.Counter,
+        "defaultdict": collections.defaultdict,
+    }.get(kind, dict)()
+    made_dict.update(pairs) if kind != "Counter" else dict.update(made_dict, pairs)
+    for name, value in node.attributes.items():
+        if kind == "OrderedDict" and name == "_metadata":
+            made_dict._metadata = value
+    return made_dict

@@ -10,14 +10,13 @@ from statedict.checkpoint import Checkpoint
 from statedict.checkpoint import open as open_checkpoint
 from statedict.errors import FileError
 from statedict.io.durable import check_target
-from statedict.io.plans import Payload
 from statedict.io.writers import Progress
 from statedict.keys import Path
 from statedict.limits import Limits
 from statedict.manifest import Finding
 from statedict.ops.listing import notes_of
 from statedict.ops.sources import source_of
-from statedict.ops.writing import Prepared, Tree, format_of, prepare, write
+from statedict.ops.writing import Prepared, Tree, format_of, prepare, removed_nbytes, write
 from statedict.report.document import Block, Document, Facts
 from statedict.report.result import Result
 from statedict.report.units import human_bytes, plural
@@ -44,7 +43,7 @@ class Conversion(Result):
         self.tensors = len(manifest.tensors)
         self.objects = len(manifest.objects)
         self.nbytes = prepared.plan.nbytes
-        self.removed_nbytes = _removed(checkpoint, prepared)
+        self.removed_nbytes = removed_nbytes(manifest, prepared.plan)
         self.digests = digests
         self.dry_run = True
         self.durable = False
@@ -142,15 +141,3 @@ def _spare(checkpoint: Checkpoint, target: str) -> None:
     for file in checkpoint.manifest.files:
         if os.path.exists(target) and os.path.exists(file.path) and os.path.samefile(file.path, target):
             raise FileError("a file can't be converted in its own place", path=target, hint="Name another target")
-
-
-def _removed(checkpoint: Checkpoint, prepared: Prepared) -> int:
-    """Bytes of the source's storages beyond what is written."""
-    used = {
-        part.view.storage.id: part.view.storage.nbytes
-        for entry in checkpoint.manifest.tensors.values()
-        for part in (entry, *entry.parts.values())
-        if part.view is not None
-    }
-    written = sum(segment.nbytes for segment in prepared.plan.segments if isinstance(segment, Payload))
-    return max(0, sum(used.values()) - written)

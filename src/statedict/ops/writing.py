@@ -17,10 +17,10 @@ from statedict.io.plans import Payload, Source, Sum, WritePlan
 from statedict.io.ranges import File, LocalFile, blocks
 from statedict.io.writers import Progress, Written, execute
 from statedict.limits import DEFAULT_LIMITS, Limits
-from statedict.manifest import Finding, Node, TensorEntry
+from statedict.manifest import Finding, Manifest, Node, TensorEntry
 from statedict.nodes import every_tensor
 
-__all__ = ["Prepared", "Tree", "format_of", "prepare", "write"]
+__all__ = ["Prepared", "Tree", "format_of", "prepare", "removed_nbytes", "write"]
 
 _SUFFIXES = {
     ".safetensors": "safetensors",
@@ -64,13 +64,15 @@ def format_of(path: str) -> str:
     return _SUFFIXES[suffix]
 
 
-def prepare(tree: Tree, path: str, *, digests: bool, keep_storages: bool = False) -> Prepared:
-    """The plan of the file. Nothing is read but what the plan needs, and nothing written.
+def prepare(
+    tree: Tree, path: str, *, digests: bool, keep_storages: bool = False, format: str | None = None
+) -> Prepared:
+    """The plan of the file, in the format of its suffix if none is named. Reads what the plan needs, writes nothing.
 
     Raises ``Unsupported``, ``UnsafeContent`` or ``LimitExceeded``, naming the keys, for what the format can't take.
     """
     try:
-        if format_of(path) == "torch-zip":
+        if (format or format_of(path)) == "torch-zip":
             zipped = TorchZipWriter(tree.root, tree.metadata, digests=digests, keep_storages=keep_storages)
             return Prepared(tree, zipped.plan(tree.source_of), tuple(zipped.notes))
         if keep_storages:
@@ -82,6 +84,18 @@ def prepare(tree: Tree, path: str, *, digests: bool, keep_storages: bool = False
         return Prepared(tree, writer.plan(tree.source_of), tuple(writer.notes))
     except StateDictError as error:
         raise error.located(path) from error.__cause__
+
+
+def removed_nbytes(manifest: Manifest, plan: WritePlan) -> int:
+    """Bytes of the storages that tensors are views of, beyond what is written of them."""
+    used = {
+        part.view.storage.id: part.view.storage.nbytes
+        for entry in manifest.tensors.values()
+        for part in (entry, *entry.parts.values())
+        if part.view is not None
+    }
+    written = sum([segment.nbytes for segment in plan.segments if isinstance(segment, Payload)])
+    return max(0, sum(used.values()) - written)
 
 
 def write(

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from statedict.dtypes import BY_TORCH, DType
-from statedict.errors import CorruptFile, StateDictError, Unsupported, one_line
+from statedict.errors import StateDictError, Unsupported
 from statedict.manifest import StorageView, TensorEntry, TorchValue
+from statedict.torch.building import COMPRESSED, composite, dtype_in_torch
+from statedict.torch.devices import DeviceFile, Ring, as_bytes, backend_of
 from statedict.views import packed_stride
 
 if TYPE_CHECKING:
@@ -17,13 +19,6 @@ if TYPE_CHECKING:
     from statedict.lazy_tensor import LazyTensor
 
 __all__ = ["entry_of", "small_value", "to_torch"]
-
-_COMPRESSED = {
-    torch.sparse_csr: ("crow_indices", "col_indices"),
-    torch.sparse_bsr: ("crow_indices", "col_indices"),
-    torch.sparse_csc: ("ccol_indices", "row_indices"),
-    torch.sparse_bsc: ("ccol_indices", "row_indices"),
-}
 
 
 def dtype_of(tensor: torch.Tensor) -> DType:
@@ -50,7 +45,8 @@ def small_value(value: object) -> TorchValue | None:
 
 
 def entry_of(tensor: torch.Tensor, storage_of: StorageOf) -> TensorEntry:
-    """The tensor as an entry. Memory of the CPU is seen as it is, that of another device is copied to the CPU.
+    """The tensor as an entry. Memory of the CPU is seen as it is, that of another device is read
+    through a ring of pinned buffers.
 
     The path is empty: whoever puts it into a tree gives it one. Raises ``Unsupported`` for layouts without visible memory.
     """
@@ -73,6 +69,8 @@ def _is_inert(value: object) -> bool:
 
 
 def _layout(tensor: torch.Tensor, storage_of: StorageOf) -> TensorEntry:
+    if tensor.is_nested:
+        raise Unsupported("a nested tensor can't be seen in memory", hint="Convert it to a dense one")
     shape = tuple(tensor.shape)
     if tensor.device.type == "meta":
         stride = tuple(tensor.stride()) if tensor.layout == torch.strided else None
@@ -83,11 +81,11 @@ def _layout(tensor: torch.Tensor, storage_of: StorageOf) -> TensorEntry:
     if tensor.layout == torch.sparse_coo:
         parts = {"indices": tensor._indices(), "values": tensor._values()}
         return _composite("sparse_coo", tensor, parts, {"is_coalesced": tensor.is_coalesced()}, storage_of)
-    if tensor.layout in _COMPRESSED:
-        first, second = _COMPRESSED[tensor.layout]
+    if tensor.layout in COMPRESSED:
+        first, second = COMPRESSED[tensor.layout]
         parts = {first: getattr(tensor, first)(), second: getattr(tensor, second)(), "values": tensor.values()}
         return _composite(str(tensor.layout).removeprefix("torch."), tensor, parts, {}, storage_of)
-    if tensor.layout != torch.strided or tensor.is_nested:
+    if tensor.layout != torch.strided:
         raise Unsupported(
             f"a tensor of layout {tensor.layout} can't be seen in memory", hint="Convert it to a dense one"
         )
@@ -98,17 +96,23 @@ def _strided(tensor: torch.Tensor, dtype: DType, storage_of: StorageOf) -> Tenso
     bits = ("c" if tensor.is_conj() else "") + ("n" if tensor.is_neg() else "")
     storage = tensor.untyped_storage()
     key = (storage.data_ptr(), storage.nbytes(), str(storage.device))
-    made = storage_of(key if storage.nbytes() else id(tensor), storage, lambda: (_bytes(storage), "little"))
+    made = storage_of(
+        key if storage.nbytes() else id(tensor), storage, lambda shared: (_bytes(storage, shared), "little")
+    )
     view = StorageView(made, int(tensor.storage_offset()), tuple(tensor.stride()), bits)
     return TensorEntry((), dtype, tuple(tensor.shape), view)
 
 
-def _bytes(storage: torch.UntypedStorage) -> Any:
-    """The storage's bytes; a view of them on the CPU."""
+def _bytes(storage: torch.UntypedStorage, shared: dict[object, Any]) -> Any:
+    """The storage's bytes: a view of them on the CPU, else a file that reads them through buffers of fixed size."""
     if not storage.nbytes():
         return b""
-    here = storage if storage.device.type == "cpu" else storage.cpu()  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=torch.uint8).set_(here).numpy()
+    if storage.device.type == "cpu":
+        return as_bytes(storage).numpy()
+    ring = shared.get(storage.device)
+    if ring is None:
+        ring = shared[storage.device] = Ring(backend_of(storage.device), ahead=bool(shared.get("still")))
+    return DeviceFile(storage, ring)
 
 
 def _composite(
@@ -148,14 +152,12 @@ def to_torch(tensor: LazyTensor) -> torch.Tensor:
     without data, and dtypes that torch has not.
     """
     entry = tensor.entry
-    if entry.layout == "quantized" or entry.layout.startswith("sparse_"):
-        return _to_layout(tensor)
-    dtype = getattr(torch, entry.dtype.torch, None)
-    if entry.layout != "strided" or not isinstance(dtype, torch.dtype):
-        what = entry.layout if entry.layout != "strided" else f"of dtype {entry.dtype}"
-        raise Unsupported(
-            f"torch can't be given a tensor that is {what}", key=entry.key, hint="Its parts can be read: .parts"
-        )
+    if entry.layout != "strided":
+        try:
+            return composite(entry, _parts(tensor))
+        except StateDictError as error:
+            raise error.located(tensor.origin.source) from error.__cause__
+    dtype = dtype_in_torch(entry)
     if entry.view is None and entry.device == "meta":
         return torch.empty_strided(entry.shape, entry.stride, dtype=dtype, device="meta")
     tensor.check_readable()
@@ -181,47 +183,18 @@ def _dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
 def _fill(made: torch.Tensor, tensor: LazyTensor) -> None:
     """Read the packed bytes straight into a packed tensor's memory."""
     if made.numel():
-        raw = torch.empty(0, dtype=torch.uint8).set_(made.untyped_storage())
+        raw = as_bytes(made.untyped_storage())
         tensor.read(out=raw.numpy())
 
 
-def _to_layout(tensor: LazyTensor) -> torch.Tensor:
-    """A tensor made of parts. torch itself checks whether they fit together, and says so in many ways."""
-    try:
-        return _to_quantized(tensor) if tensor.layout == "quantized" else _to_sparse(tensor)
-    except StateDictError:
-        raise
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise CorruptFile(
-            f"the parts of a {tensor.layout} tensor don't fit together: {one_line(error)}",
-            path=tensor.origin.source,
-            key=tensor.entry.key,
-        ) from error
-
-
-def _to_sparse(tensor: LazyTensor) -> torch.Tensor:
-    entry, parts = tensor.entry, {name: to_torch(part) for name, part in tensor.parts.items()}
-    if entry.layout == "sparse_coo":
-        made = torch.sparse_coo_tensor(parts["indices"], parts["values"], entry.shape, check_invariants=True)
-        return made._coalesced_(bool(entry.attributes.get("is_coalesced", False)))
-    layout: torch.layout = getattr(torch, entry.layout)
-    first, second = _COMPRESSED[layout]
-    return torch.sparse_compressed_tensor(
-        parts[first], parts[second], parts["values"], entry.shape, layout=layout, check_invariants=True
-    )
-
-
-def _to_quantized(tensor: LazyTensor) -> torch.Tensor:
-    entry, parts = tensor.entry, tensor.parts
-    plain = {"qint8": torch.int8, "quint8": torch.uint8, "qint32": torch.int32}.get(entry.dtype.torch)
-    scheme = entry.attributes.get("qscheme")
-    name = str(scheme.value) if isinstance(scheme, TorchValue) else ""
-    if plain is None or "int_repr" not in parts:
-        raise Unsupported(f"torch can't be given a tensor of dtype {entry.dtype}", key=entry.key)
-    values = torch.empty(entry.shape, dtype=plain)
-    _fill(values, parts["int_repr"])
-    facts: Any = entry.attributes
-    if name.startswith("torch.per_tensor"):
-        return torch._make_per_tensor_quantized_tensor(values, facts["scale"], facts["zero_point"])
-    scale, zero = to_torch(parts["scale"]), to_torch(parts["zero_point"])
-    return torch._make_per_channel_quantized_tensor(values, scale, zero, facts["axis"])
+def _parts(tensor: LazyTensor) -> dict[str, torch.Tensor]:
+    """The parts of a tensor that is made of them; the numbers of a quantised one as plain integers."""
+    plain = {"qint8": torch.int8, "quint8": torch.uint8, "qint32": torch.int32}.get(tensor.entry.dtype.torch)
+    made = {}
+    for name, part in tensor.parts.items():
+        if name == "int_repr" and plain is not None:
+            made[name] = torch.empty(part.shape, dtype=plain)
+            _fill(made[name], part)
+        elif name != "int_repr":
+            made[name] = to_torch(part)
+    return made

@@ -1,0 +1,190 @@
+"""``load_into``: what is loaded into what, and through which rules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from statedict.checkpoint import Checkpoint
+from statedict.checkpoint import open as open_checkpoint
+from statedict.errors import KeyMismatch, StateDictError, one_line
+from statedict.io.engine import AUTOMATIC, Engine
+from statedict.keys import Path, escaped
+from statedict.limits import Limits
+from statedict.manifest import Container, Finding, Node
+from statedict.nodes import components
+from statedict.ops.load_report import LoadReport
+from statedict.ops.state_items import state_items, tensor_shapes
+from statedict.prefixes import Repair, containers_of, find_repair
+from statedict.rules import Rules, apply, select
+from statedict.torch.module_loading import Choices, load_module
+from statedict.torch.optimizers.loading import load_optimizer
+from statedict.torch.reading import load_tree
+from statedict.torch.storages import Options
+from statedict.torch.targets import Target
+
+__all__ = ["load_into"]
+
+
+def load_into(
+    target: Any,
+    source: Any,
+    *,
+    strict: bool = True,
+    rules: Any = (),
+    at: str | Path | None = None,
+    assign: bool = False,
+    dtype: Any = None,
+    device: Any = None,
+    check: str | bool = "before",
+    allow_empty: bool = False,
+    model: torch.nn.Module | None = None,
+    keep_hyperparameters: Sequence[str] = (),
+    dry_run: bool = False,
+    limits: Limits | None = None,
+    engine: Engine | None = None,
+) -> LoadReport:
+    """Load into a module or an optimizer. What it does is said where users find it: ``statedict.load_into``."""
+    if check not in ("before", "while", True, False):
+        raise StateDictError('check is "before", "while" or False', found=one_line(check))
+    if isinstance(rules, str) and rules != "auto":
+        raise StateDictError('rules are rules, or the word "auto"', found=rules)
+    choices = Choices(
+        strict, assign, _dtype(dtype), _device(device), check, allow_empty, (engine or AUTOMATIC).check(), dry_run
+    )
+    checkpoint = open_checkpoint(source, at=at, limits=limits)
+    try:
+        if isinstance(target, torch.optim.Optimizer):
+            return _into_optimizer(target, checkpoint, rules, choices, model, keep_hyperparameters)
+        if isinstance(target, torch.nn.Module):
+            return _into_module(target, checkpoint, rules, choices)
+        raise StateDictError("only a module or an optimizer can be loaded into", found=type(target).__name__)
+    except StateDictError as error:
+        raise error.located(checkpoint.source) from error.__cause__
+    finally:
+        if not isinstance(source, Checkpoint):
+            checkpoint.close()
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if found is not None and not isinstance(found, torch.dtype):
+        raise StateDictError("dtype is a torch.dtype or its name", found=one_line(value))
+    if value is not None and (found is None or not found.is_floating_point):
+        raise StateDictError("parameters can only be made of floating-point numbers", found=one_line(value))
+    return found
+
+
+def _device(value: Any) -> str | None:
+    try:
+        return None if value is None else str(torch.device(value))
+    except (RuntimeError, TypeError) as error:
+        raise StateDictError("device is a torch.device or its name", found=one_line(value)) from error
+
+
+# -------------------------------------------------------------------- modules
+
+
+def _into_module(module: torch.nn.Module, checkpoint: Checkpoint, rules: Any, choices: Choices) -> LoadReport:
+    if rules != "auto":
+        applied = Rules.of(rules)
+        checkpoint = apply(checkpoint, applied) if applied else checkpoint
+        return load_module(module, checkpoint, choices, rules=applied, hint=lambda: _advice(checkpoint, module))
+    repair = _repair(checkpoint, module)
+    if repair is None:
+        return load_module(module, checkpoint, choices)
+    if repair.candidates:
+        raise KeyMismatch("several parts of the file fit the model equally well", hint=repair.advice)
+    report = load_module(module, apply(checkpoint, repair.rules), choices, rules=repair.rules)
+    report.findings = (*report.findings, *[Finding("repair", "info", note) for note in repair.notes])
+    return report
+
+
+def _repair(checkpoint: Checkpoint, module: torch.nn.Module) -> Repair | None:
+    """The rules that make more of the names fit, if there are such."""
+    target = Target(module)
+    shapes = tensor_shapes(state_items(checkpoint, target.slots))
+    return find_repair(shapes, target.shapes, containers=containers_of(checkpoint.manifest.structure))
+
+
+def _advice(checkpoint: Checkpoint, module: torch.nn.Module) -> str | None:
+    """What to type where the names don't fit."""
+    repair = _repair(checkpoint, module)
+    return None if repair is None else repair.advice
+
+
+# -------------------------------------------------------------------- optimizers
+
+
+def _into_optimizer(
+    optimizer: torch.optim.Optimizer,
+    checkpoint: Checkpoint,
+    rules: Any,
+    choices: Choices,
+    model: torch.nn.Module | None,
+    keep_hyperparameters: Sequence[str],
+) -> LoadReport:
+    applied: list[object] = []
+    if rules == "auto":
+        path = _optimizer_path(checkpoint)
+        if path:
+            applied = [select(path)]
+            checkpoint = checkpoint.at(path)
+    elif rules:
+        checkpoint, applied = apply(checkpoint, rules), list(Rules.of(rules))
+    else:
+        _expect_optimizer(checkpoint)
+    saved = load_tree(checkpoint, "cpu", Options(False, choices.check is not False, choices.engine))
+    report = load_optimizer(
+        optimizer,
+        saved,
+        model=model,
+        strict=choices.strict,
+        source=checkpoint.source,
+        allow_empty=choices.allow_empty,
+        keep_hyperparameters=keep_hyperparameters,
+        dry_run=choices.dry_run,
+    )
+    report.rules = tuple(applied)
+    return report
+
+
+def _is_optimizer(node: Node) -> bool:
+    if not isinstance(node, Container):
+        return False
+    names = set(map(str, node.keys))
+    return "param_groups" in names or any(name.startswith("param_groups.") for name in names)
+
+
+def _optimizer_path(checkpoint: Checkpoint) -> Path:
+    """Where the state of an optimizer stands; empty if the checkpoint is one. Raises ``KeyMismatch`` where several do, or none."""
+    found = _optimizer_paths(checkpoint.manifest.structure)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise KeyMismatch("there is no state of an optimizer in it", hint="It has keys 'state' and 'param_groups'")
+    names = ", ".join(f"at={escaped(path)!r}" for path in found[:5])
+    raise KeyMismatch("there are the states of several optimizers in it", hint=f"Say which: {names}")
+
+
+def _optimizer_paths(root: Node) -> list[Path]:
+    found: list[Path] = []
+    pending: list[tuple[Path, Node]] = [((), root)]
+    while pending:
+        path, node = pending.pop()
+        if _is_optimizer(node):
+            found.append(path)
+        elif isinstance(node, Container) and len(path) < 6:
+            parts = components(node.keys)
+            pending.extend(((*path, parts[i]), node.children[i]) for i in range(len(parts) - 1, -1, -1))
+    return found
+
+
+def _expect_optimizer(checkpoint: Checkpoint) -> None:
+    if _is_optimizer(checkpoint.manifest.structure):
+        return
+    found = _optimizer_paths(checkpoint.manifest.structure)
+    words = f'Pass at={escaped(found[0])!r}, or rules="auto"' if len(found) == 1 else None
+    raise KeyMismatch("this is no state dict of an optimizer: it has no 'param_groups'", hint=words)
