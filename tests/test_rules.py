@@ -476,5 +476,6 @@ def test_the_inverse_gives_the_same_tree(tree: Any, rule: Rule) -> None:
     back = apply(made, Rules.of(inverse))
 
     assert sorted(names) == sorted(dotted(path) for path in (*back.manifest.tensors, *back.manifest.objects))
-    if rule.name == "add_prefix":
+    # A prefix without its dot makes texts of numbers; numbers among dotted keys end up together.
+    if str(rule).endswith(".')") and rule.name == "add_prefix" and len({type(key) for key in tree}) == 1:
         assert plain(ckpt.tree()) == plain(back.tree())

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from statedict.manifest import Finding
-from statedict.ops.listing import notes_of
 from statedict.report.document import Block, Column, Document, Facts, Table
 from statedict.report.result import Result
 from statedict.report.units import plural
@@ -109,6 +108,8 @@ class LoadReport(Result):
 
     def document(self) -> Document:
         """The facts as a document; what was loaded as it was is only counted."""
+        from statedict.ops.listing import notes_of  # only who shows it waits for that
+
         share = self.coverage
         pairs = [
             ("loaded", f"{plural(len(self.loaded), 'key')} of {self.target}"),

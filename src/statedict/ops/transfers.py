@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from statedict.manifest import Finding
-from statedict.ops.listing import notes_of
 from statedict.report.document import Block, Document, Facts
 from statedict.report.result import Result
 from statedict.report.units import human_bytes, plural
@@ -66,6 +65,8 @@ class ReadReport(Result):
 
     def document(self) -> Document:
         """The facts as a document."""
+        from statedict.ops.listing import notes_of  # only who shows it waits for that
+
         pairs = [
             ("from", f"{self.source} ({self.format})"),
             (
@@ -142,6 +143,8 @@ class SaveReport(Result):
 
     def document(self) -> Document:
         """The facts as a document."""
+        from statedict.ops.listing import notes_of  # only who shows it waits for that
+
         size = f"{human_bytes(self.nbytes)}, {plural(self.tensors, 'tensor')}, {plural(self.objects, 'other value')}"
         pairs = [("to", f"{self.path} ({self.format})"), ("written", size)]
         if self.removed_nbytes:

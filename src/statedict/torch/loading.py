@@ -20,7 +20,6 @@ from statedict.ops.state_items import state_items, tensor_shapes
 from statedict.prefixes import Repair, containers_of, find_repair
 from statedict.rules import Rules, apply, select
 from statedict.torch.module_loading import Choices, load_module
-from statedict.torch.optimizers.loading import load_optimizer
 from statedict.torch.reading import load_tree
 from statedict.torch.storages import Options
 from statedict.torch.targets import Target
@@ -96,7 +95,7 @@ def _into_module(module: torch.nn.Module, checkpoint: Checkpoint, rules: Any, ch
     if repair is None:
         return load_module(module, checkpoint, choices)
     if repair.candidates:
-        raise KeyMismatch("several parts of the file fit the model equally well", hint=repair.advice)
+        raise KeyMismatch("the weights in the file aren't certain", hint=repair.advice)
     report = load_module(module, apply(checkpoint, repair.rules), choices, rules=repair.rules)
     report.findings = (*report.findings, *[Finding("repair", "info", note) for note in repair.notes])
     return report
@@ -126,6 +125,8 @@ def _into_optimizer(
     model: torch.nn.Module | None,
     keep_hyperparameters: Sequence[str],
 ) -> LoadReport:
+    from statedict.torch.optimizers.loading import load_optimizer
+
     applied: list[object] = []
     if rules == "auto":
         path = _optimizer_path(checkpoint)

@@ -24,7 +24,6 @@ from statedict.ops.sources import source_of
 from statedict.ops.transfers import SaveReport
 from statedict.ops.writing import Prepared, Tree, format_of, prepare, removed_nbytes
 from statedict.torch.locations import RNG_NOTE, is_random_state
-from statedict.torch.optimizers.loading import named_state_dict
 
 __all__ = ["captured", "save"]
 
@@ -165,6 +164,9 @@ class _Capture:
         if isinstance(item, torch.nn.Module):
             return self.value(item.state_dict(), path)
         if isinstance(item, torch.optim.Optimizer):
+            # A third of the start of a save, of which a plain state dict needs nothing.
+            from statedict.torch.optimizers.loading import named_state_dict
+
             return self.value(named_state_dict(item, self._models), path)
         if isinstance(item, torch.optim.lr_scheduler.LRScheduler):
             return self.value(item.state_dict(), path)
