@@ -46,7 +46,9 @@ measured(work)
 """
 DIRECT = """\
 import mmap
-memory = mmap.mmap(-1, 1 << 26)
+memory = mmap.mmap(-1, 1 << 26, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_HUGEPAGE)
+memory.write(bytes(1 << 26))
 fd = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
 size = os.fstat(fd).st_size // (1 << 23) * (1 << 23)
 places = iter(range(0, size, 1 << 23))

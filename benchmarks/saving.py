@@ -34,7 +34,8 @@ OURS = "import statedict\n" + DATA + "measured(lambda: statedict.save(state, sys
 DIRECT = """\
 import mmap
 nbytes = int(sys.argv[2]) << 26
-memory = mmap.mmap(-1, 1 << 26)
+memory = mmap.mmap(-1, 1 << 26, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_HUGEPAGE)
 memory.write(os.urandom(1 << 26))
 fd = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
 os.posix_fallocate(fd, 0, nbytes)

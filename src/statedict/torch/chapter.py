@@ -11,9 +11,9 @@ import torch
 
 from statedict.errors import KeyNotFound, StateDictError, one_line
 from statedict.torch.loading import load_into
+from statedict.torch.modules.targets import Target
 from statedict.torch.optimizers.loading import named_state_dict
 from statedict.torch.reading import load
-from statedict.torch.targets import Target
 from statedict.torch.writing import save
 
 __all__ = ["filter_state_dict", "load_model_safely", "load_training_state", "save_training_state"]

@@ -14,12 +14,12 @@ import torch
 from statedict.checkpoint import Checkpoint
 from statedict.errors import StateDictError
 from statedict.io.engine import AUTOMATIC, Engine, choose_reading
-from statedict.io.filling import Checked, Job, fill, is_checkable, verify
-from statedict.io.ranges import LocalFile
+from statedict.io.filling import Checked, Job, SumCheck, fill, is_checkable, verify
+from statedict.io.ranges import File, LocalFile
 from statedict.lazy_tensor import LazyTensor
 from statedict.manifest import Storage, TensorEntry
 from statedict.torch.building import TensorBuilder, dtype_in_torch
-from statedict.torch.devices import as_bytes
+from statedict.torch.devices import Ring, Upload, as_bytes, backend_of
 from statedict.torch.storages import Options, load_storages, untyped
 from statedict.views import is_dense, is_packed
 
@@ -67,14 +67,18 @@ def place(
 
     An error says which targets had been changed by then.
     """
-    direct = [(job, each) for each in placements if (job := _job(each, checkpoint, check)) is not None]
-    straight = {id(each) for _, each in direct}
+    found = [(job, each) for each in placements if (job := _job(each, checkpoint, check)) is not None]
+    straight = {id(each) for _, each in found}
+    direct = [(job, each) for job, each in found if isinstance(job, Job)]
+    uploads = [(job, each) for job, each in found if isinstance(job, _Upload)]
     reading = choose_reading(_file(checkpoint), sum(len(job.memory) for job, _ in direct), engine)
     changed: list[str] = []
     try:
         changed += [each.key for _, each in direct]
         fill([job for job, _ in sorted(direct, key=lambda pair: pair[0].offset)], reading)
-        for _, each in direct:
+        changed += [each.key for _, each in uploads]
+        _upload([job for job, _ in sorted(uploads, key=lambda pair: pair[0].offset)])
+        for _, each in found:
             torch.autograd.graph.increment_version(each.target)
         for each in placements:
             if id(each) not in straight:
@@ -82,7 +86,8 @@ def place(
                 copy_into(each.target, each.source)
     except StateDictError as error:
         raise _half_done(error, changed) from error
-    return {**reading._asdict(), "straight": len(direct), "copied": len(placements) - len(direct)}
+    counts = {"straight": len(direct), "uploaded": len(uploads), "copied": len(placements) - len(found)}
+    return {**reading._asdict(), **counts}
 
 
 def _half_done(error: StateDictError, changed: Sequence[str]) -> StateDictError:
@@ -92,13 +97,50 @@ def _half_done(error: StateDictError, changed: Sequence[str]) -> StateDictError:
     return error
 
 
-def _job(each: Placement, checkpoint: Checkpoint, check: bool) -> Job | None:
+class _Upload(NamedTuple):
+    """A range of a file, the bytes of a device that it goes to, and the storage to be checked, if it is."""
+
+    file: File
+    offset: int
+    target: torch.Tensor
+    checked: Sequence[Checked]
+
+
+def is_device(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's memory is another than the processor's."""
+    return tensor.device.type not in ("cpu", "meta")
+
+
+def _upload(jobs: Sequence[_Upload]) -> None:
+    """Read each range into the pinned ring of its device, and from there to its place, one block ahead of the other."""
+    rings: dict[torch.device, Ring] = {}
+    for job in jobs:
+        device = job.target.device
+        if device not in rings:
+            rings[device] = Ring(backend_of(device))
+        sums = [SumCheck(job.file, item) for item in job.checked]
+        position = job.offset
+
+        def read(memory: memoryview, job: _Upload = job, sums: Sequence[SumCheck] = sums) -> None:
+            nonlocal position
+            job.file.read_into(position, memory)
+            position += len(memory)
+            for each in sums:
+                each.update(memory)
+
+        with Upload(rings[device]) as upload:
+            upload.write(job.target, 0, read, len(job.target))
+        for each in sums:
+            each.finish()
+
+
+def _job(each: Placement, checkpoint: Checkpoint, check: bool) -> Job | _Upload | None:
     """The read that fills the target's own memory; None where the file holds the tensor in another form."""
     entry, target = each.source.entry, each.target
     view = entry.view
     if view is None or view.bits or entry.memory_stride is not None or not entry.numel or type(target) not in _DENSE:
         return None
-    if target.device.type != "cpu" or target.layout != torch.strided or target.is_conj() or target.is_neg():
+    if target.is_meta or target.layout != torch.strided or target.is_conj() or target.is_neg():
         return None
     extent = view.storage.extent
     if view.storage.data is not None or extent is None or extent.codec != "raw":
@@ -112,7 +154,12 @@ def _job(each: Placement, checkpoint: Checkpoint, check: bool) -> Job | None:
     first = entry.dtype.nbytes(view.offset)
     whole = check and first == 0 and entry.nbytes == view.storage.nbytes and is_checkable(view.storage)
     checked = [Checked(view.storage, 0, each.key)] if whole else []
-    return Job(checkpoint.reader.files[extent.file], extent.offset + first, memory_of(target), checked)
+    file = checkpoint.reader.files[extent.file]
+    if is_device(target):
+        start = target.storage_offset() * target.element_size()
+        place = as_bytes(target.untyped_storage())[start : start + entry.nbytes]
+        return _Upload(file, extent.offset + first, place, checked)
+    return Job(file, extent.offset + first, memory_of(target), checked)
 
 
 _DENSE = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from statedict.errors import StateDictError, one_line
-from statedict.torch.lazy_parameters import LazyParameter
+from statedict.torch.modules.lazy_parameters import LazyParameter
 
 __all__ = ["Rehearsal", "is_plain", "rehearse"]
 

@@ -18,11 +18,11 @@ from statedict.ops.casts import refusal
 from statedict.ops.load_report import Coverage, LoadReport
 from statedict.ops.mismatches import Mismatches, SizePair, listed
 from statedict.ops.state_items import metadata_of, state_items
-from statedict.torch.lazy_parameters import LazyParameter
-from statedict.torch.placing import Placement, check_before, copy_into, make_tensors, place
+from statedict.torch.modules.lazy_parameters import LazyParameter
+from statedict.torch.modules.placing import Placement, check_before, copy_into, make_tensors, place
+from statedict.torch.modules.rehearsal import Rehearsal, is_plain, rehearse
+from statedict.torch.modules.targets import Slot, Target, replace_tensors
 from statedict.torch.reading import to_value
-from statedict.torch.rehearsal import Rehearsal, is_plain, rehearse
-from statedict.torch.targets import Slot, Target, replace_tensors
 
 __all__ = ["Choices", "load_module"]
 
@@ -181,7 +181,9 @@ class _ModuleLoading:
     def _refuse(self, fitting: Fitting, hint: Hint) -> None:
         found = fitting.found
         if not self._choices.strict:
-            found = Mismatches(refused=found.refused)
+            # What the module's own code would raise for is no gap that can be left.
+            beyond = {key: pair for key, pair in found.sizes.items() if key not in self._items}
+            found = Mismatches(sizes=beyond, refused=found.refused, problems={} if self._plain else found.problems)
         if found:
             words = hint() if hint is not None and (found.missing or found.unexpected) else None
             raise found.error(self._checkpoint.source, self._target.name, words or _advice(found))
