@@ -16,7 +16,7 @@ import pytest
 import xxhash
 
 from statedict.errors import CorruptFile, FileError, TargetExists
-from statedict.io import assembly, writers
+from statedict.io import assembly, engine, writers
 from statedict.io.plans import FileSource, Later, Literal, MemorySource, Payload, Segment, Source, Sum, WritePlan
 from statedict.io.ranges import File, LocalFile, MemoryFile
 from statedict.io.writers import execute, execute_to_stream
@@ -40,7 +40,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "_WINDOW", 512)
     monkeypatch.setattr(writers, "BLOCK_NBYTES", 1024)
     monkeypatch.setattr(writers, "_COPY_NBYTES", 2048)
-    monkeypatch.setattr(writers, "_WRITE_BACK_NBYTES", 4096)
+    monkeypatch.setattr(engine, "BLOCK_NBYTES", 1024)
+    monkeypatch.setattr(engine, "_WRITE_BACK_NBYTES", 4096)
 
 
 class Failing:

@@ -17,7 +17,7 @@ from statedict.limits import DEFAULT_LIMITS, Limits
 from statedict.manifest import Manifest, Node, ObjectEntry, TensorEntry, tied_groups
 from statedict.nodes import find, fold, rebased, rebuilt
 
-__all__ = ["Checkpoint", "of_memory", "open"]
+__all__ = ["Checkpoint", "of_memory", "open", "uncollected"]
 
 
 class Checkpoint(Mapping[str, LazyTensor]):
@@ -228,7 +228,7 @@ def _lazy(value: object) -> tuple[TensorEntry, tuple[File, ...]] | None:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Nothing looks for cycles meanwhile: a manifest has none and up to a million objects, which took twice as long."""
     collecting = gc.isenabled()
     gc.disable()
@@ -249,7 +249,7 @@ def _opened(file: File, limits: Limits) -> Checkpoint:
     from statedict.formats import read_manifest
 
     try:
-        with _uncollected():
+        with uncollected():
             manifest = read_manifest([file], limits)
         return Checkpoint(manifest, [file], source=file.path, limits=limits)
     except BaseException as error:

@@ -41,6 +41,7 @@ def save(
     digests: bool = True,
     format: str | None = None,
     limits: Limits | None = None,
+    engine: Engine | None = None,
     on_progress: Progress | None = None,
 ) -> SaveReport:
     """Write a state dict, a module, an optimizer, or any nested tree of them and of plain values.
@@ -70,6 +71,7 @@ def save(
         digests=digests,
         format=format,
         limits=limits,
+        engine=engine,
         on_progress=on_progress,
     )
 

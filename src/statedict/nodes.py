@@ -52,9 +52,11 @@ def every_tensor(root: Node) -> list[TensorEntry]:
         item = pending.pop()
         if isinstance(item, TensorEntry):
             found.append(item)
-            pending.append(item.attributes)
+            if item.attributes:
+                pending.append(item.attributes)
         elif isinstance(item, Container):
-            pending.append(item.attributes)
+            if item.attributes:
+                pending.append(item.attributes)
             pending.extend(reversed(item.children))
         elif isinstance(item, ObjectEntry):
             pending.append(item.value)

@@ -1,11 +1,4 @@
-"""Carries out a ``WritePlan``: the caller's thread reads and sums, three others write, in a few reused buffers.
-
-Measured for 1 GiB in the page cache, fsync included, on two shared cores and ext4 (medians of 7; the ratio to ``cp`` and
-fsync of the same round): two threads of buffered writes 1.65; the same, with an fdatasync after every 64 MiB while the
-writing goes on, 0.85, after every 256 MiB 0.92; O_DIRECT with two threads of 4 MiB 1.42, with three 1.64. The disk's own
-time is most of it, so what counts is that it begins early; O_DIRECT gains nothing that is worth its rules of alignment.
-``copy_file_range`` takes 2.7 s by one thread, 1.6 s by two.
-"""
+"""Carries out a ``WritePlan``: the caller's thread reads and sums, others write, in a few reused buffers (``engine.py`` says how many)."""
 
 from __future__ import annotations
 
@@ -22,17 +15,12 @@ from typing import BinaryIO, NamedTuple
 from statedict.errors import FileError
 from statedict.io.assembly import Assembly
 from statedict.io.durable import DurableFile
+from statedict.io.engine import AUTOMATIC, Engine, Writing, choose_writing
 from statedict.io.plans import Later, Payload, Sum, WritePlan
 from statedict.io.ranges import BLOCK_NBYTES, LocalFile, blocks
 
 __all__ = ["Check", "Progress", "Written", "execute", "execute_to_stream"]
 
-# Two to write, while the third waits for the disk.
-_THREADS = 3
-# One being filled, one a thread being written, one a thread waiting: 28 MiB.
-_BUFFERS = 1 + 2 * _THREADS
-# Bytes after which the disk is set to work.
-_WRITE_BACK_NBYTES = 64 * 1024 * 1024
 # Bytes that one thread copies inside the kernel at a time.
 _COPY_NBYTES = 16 * 1024 * 1024
 
@@ -48,6 +36,7 @@ class Written(NamedTuple):
     atomic: bool  # it appeared at once, complete
     durable: bool  # it outlives a power cut
     method: Mapping[str, int]  # bytes by the way they took: "buffered", "kernel copy", "stream"
+    writing: Writing | None = None  # how; None for a stream
 
 
 def execute(
@@ -58,16 +47,18 @@ def execute(
     durable: bool = True,
     on_progress: Progress | None = None,
     check: Check | None = None,
+    engine: Engine = AUTOMATIC,
 ) -> Written:
     """Write the plan to a file, atomically. ``on_progress`` is told the bytes handed on, and the bytes in all.
 
     ``check`` is given the finished file and the sums before the file takes its name; what it raises leaves nothing behind.
 
-    Raises what ``DurableFile`` does, and whatever a source raises, unchanged. Nothing is left behind then. About 28 MiB
-    of buffers are in use, whatever the size; the threads have ended when this returns or raises.
+    Raises what ``DurableFile`` does, and whatever a source raises, unchanged. Nothing is left behind then. Seven
+    buffers of 4 MiB are in use, whatever the size; the threads have ended when this returns or raises.
     """
+    writing = choose_writing(os.path.dirname(os.path.realpath(path)), plan.nbytes, engine)
     with DurableFile(path, overwrite=overwrite, nbytes=plan.nbytes, durable=durable) as file:
-        with _Writers(file, plan.nbytes) as writers:
+        with _Writers(file, writing) as writers:
             assembly = Assembly(plan, writers, on_progress=on_progress)
             assembly.run()
         for offset, later in assembly.unwritten:
@@ -80,7 +71,7 @@ def execute(
                 written.close()
     copied = sum(writers.copied)
     method = {"buffered": plan.nbytes - copied, "kernel copy": copied}
-    return Written(plan.nbytes, assembly.sums, True, file.durable, method)
+    return Written(plan.nbytes, assembly.sums, True, file.durable, method, writing)
 
 
 def execute_to_stream(plan: WritePlan, stream: BinaryIO, *, on_progress: Progress | None = None) -> Written:
@@ -115,19 +106,23 @@ def _looks_ahead(plan: WritePlan) -> bool:
 class _Writers:
     """Threads that write into one file what they are handed. A plan of one block is written by the caller's own."""
 
-    def __init__(self, file: DurableFile, nbytes: int) -> None:
+    def __init__(self, file: DurableFile, writing: Writing) -> None:
         self.copied: list[int] = []  # bytes that the kernel copied, a number per call
         self._file = file
-        self._buffer_nbytes = max(1, min(BLOCK_NBYTES, nbytes))
+        self._buffer_nbytes = writing.block_nbytes
+        # One being filled, one a thread being written, one a thread waiting.
+        self._most_buffers = 1 + 2 * writing.threads
+        self._write_back_nbytes = writing.write_back_nbytes
         self._made = 0
         self._free: SimpleQueue[memoryview] = SimpleQueue()
-        self._jobs: Queue[tuple[Callable[[], None], memoryview | None] | None] = Queue(2 * _BUFFERS)
+        self._jobs: Queue[tuple[Callable[[], None], memoryview | None] | None] = Queue(2 * self._most_buffers)
         self._dirty = 0
         self._writing_back = Lock()
         self._stopped = False
         self._error: BaseException | None = None
-        count = _THREADS if nbytes > BLOCK_NBYTES else 0
-        self._threads = [Thread(target=self._work, name="statedict-writer", daemon=True) for _ in range(count)]
+        self._threads = [
+            Thread(target=self._work, name="statedict-writer", daemon=True) for _ in range(writing.threads)
+        ]
 
     def __enter__(self) -> _Writers:
         try:
@@ -150,7 +145,7 @@ class _Writers:
 
     def buffer(self) -> memoryview:
         """An empty buffer, once there is one."""
-        if self._made < _BUFFERS and self._free.empty():
+        if self._made < self._most_buffers and self._free.empty():
             self._made += 1
             return memoryview(bytearray(self._buffer_nbytes))
         return self._free.get()
@@ -183,7 +178,7 @@ class _Writers:
             return
         self._jobs.put((run, buffer))
         self._dirty += nbytes
-        if self._dirty >= _WRITE_BACK_NBYTES:
+        if self._write_back_nbytes and self._dirty >= self._write_back_nbytes:
             self._dirty = 0
             self._jobs.put((self._write_back, None))
 

@@ -86,7 +86,7 @@ class SaveReport(Result):
 
     Attributes: ``path``, ``format``, ``tensors`` and ``objects`` (counts), ``nbytes`` (of the file), ``removed_nbytes`` (of storages
     that no tensor shows, left out), ``digests``, ``atomic`` (it appeared at once, complete), ``durable`` (it outlives a power
-    cut), ``method`` (bytes by the way they took), ``seconds``, ``findings``.
+    cut), ``method`` (bytes by the way they took, threads, block size, file system), ``seconds``, ``findings``.
     """
 
     schema = "statedict.save-report/1"
@@ -103,7 +103,7 @@ class SaveReport(Result):
         digests: bool,
         atomic: bool,
         durable: bool,
-        method: Mapping[str, int],
+        method: Mapping[str, object],
         seconds: float,
         findings: Sequence[Finding] = (),
     ) -> None:

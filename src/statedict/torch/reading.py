@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
-from statedict.checkpoint import Checkpoint
+from statedict.checkpoint import Checkpoint, uncollected
 from statedict.checkpoint import open as open_checkpoint
+from statedict.dtypes import DType
 from statedict.errors import CorruptFile, StateDictError, Unsupported, one_line
 from statedict.formats.records import MappingRecord
 from statedict.io.engine import AUTOMATIC, Engine
@@ -43,12 +43,13 @@ def load(
 ) -> Any:
     """The value that was saved. What it does is said where users find it: ``statedict.load``."""
     options = Options(mmap, bool(check), (engine or AUTOMATIC).check(), on_progress)
-    checkpoint = open_checkpoint(source, at=at, limits=limits)
-    try:
-        return load_tree(_ruled(checkpoint, rules), map_location, options, on_report)
-    finally:
-        if not isinstance(source, Checkpoint):
-            checkpoint.close()
+    with uncollected():
+        checkpoint = open_checkpoint(source, at=at, limits=limits)
+        try:
+            return load_tree(_ruled(checkpoint, rules), map_location, options, on_report)
+        finally:
+            if not isinstance(source, Checkpoint):
+                checkpoint.close()
 
 
 def _ruled(checkpoint: Checkpoint, rules: Any) -> Checkpoint:
@@ -69,15 +70,11 @@ def load_tree(
     on_report: Callable[[ReadReport], None] | None = None,
 ) -> Any:
     """The nested value of a checkpoint, with its tensors read."""
-    collecting = gc.isenabled()
-    gc.disable()  # nothing made here has cycles, and there may be 100,000 tensors: looking for them took as long again
     try:
-        return _Loading(checkpoint, map_location, options).run(on_report)
+        with uncollected():
+            return _Loading(checkpoint, map_location, options).run(on_report)
     except StateDictError as error:
         raise error.located(checkpoint.source) from error.__cause__
-    finally:
-        if collecting:
-            gc.enable()
 
 
 class _Loading:
@@ -117,13 +114,13 @@ class _Loading:
 
         return make
 
-    def _refuse(self, entries: Iterable[TensorEntry]) -> None:
+    def _refuse(self, entries: Sequence[TensorEntry]) -> None:
         """All tensors at once that torch has no like of, before anything is read."""
+        known = {dtype for dtype in {entry.dtype for entry in entries} if _is_in_torch(dtype)}
         bad = [
             entry
             for entry in entries
-            if (entry.layout == "strided" and not isinstance(getattr(torch, entry.dtype.torch, None), torch.dtype))
-            or entry.layout == "wrapper"
+            if (entry.dtype not in known and entry.layout == "strided") or entry.layout == "wrapper"
         ]
         if bad:
             shown = ", ".join(f"'{one_line(entry.key)}'" for entry in bad[:5])
@@ -163,6 +160,10 @@ class _Loading:
             kept_on_cpu=self._kept,
             findings=[*manifest.notes, *self._findings],
         )
+
+
+def _is_in_torch(dtype: DType) -> bool:
+    return isinstance(getattr(torch, dtype.torch, None), torch.dtype)
 
 
 def to_value(value: Any, tensor: Callable[[TensorEntry], Any], depth: int = 0) -> Any:

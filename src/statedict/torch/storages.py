@@ -160,9 +160,12 @@ class _Loading:
 
     def _checked(self, number: int, start: int) -> Sequence[Checked]:
         each = self._wanted[number]
-        if not self._options.check or not each.is_whole or not is_checkable(each.storage):
+        storage = each.storage
+        if storage.digest is None and storage.crc is None:
             return ()
-        return [Checked(each.storage, start, each.entries[0].key)]
+        if not self._options.check or each.nbytes != storage.nbytes:
+            return ()
+        return (Checked(storage, start, each.entries[0]),)
 
     # ---------------------------------------------------------------- mapped
 
@@ -240,7 +243,10 @@ class _Loading:
 
     def _job(self, window: Window, memory: memoryview, numbers: Sequence[int]) -> Job:
         file = self._reader.files[window.file]
-        checked = [item for at, place in window.members for item in self._checked(numbers[at], place)]
+        checked: list[Checked] = []
+        if self._options.check:
+            for at, place in window.members:
+                checked += self._checked(numbers[at], place)
         return Job(file, window.offset, memory[: window.extent(file.nbytes)], checked)
 
     def _slice(self, arena: Arena, numbers: Sequence[int]) -> None:

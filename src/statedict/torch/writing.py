@@ -15,6 +15,7 @@ import torch
 from statedict.checkpoint import Checkpoint, of_memory
 from statedict.errors import StateDictError, UnsafeContent, Unsupported, one_line
 from statedict.io.durable import check_target
+from statedict.io.engine import AUTOMATIC, Engine
 from statedict.io.writers import Progress, Written, execute, execute_to_stream
 from statedict.keys import dotted
 from statedict.lazy_tensor import LazyTensor
@@ -39,6 +40,7 @@ def save(
     digests: bool = True,
     format: str | None = None,
     limits: Limits | None = None,
+    engine: Engine | None = None,
     on_progress: Progress | None = None,
 ) -> SaveReport:
     """Write the value. What it does is said where users find it: ``statedict.save``."""
@@ -53,17 +55,22 @@ def save(
         facts = _metadata(checkpoint, metadata or {})
         tree = Tree(checkpoint.manifest.structure, facts, lambda entry: source_of(entry, checkpoint))
         prepared = prepare(tree, name, digests=digests, format=kind)
-        written = _carry_out(prepared, name, stream, durable, on_progress)  # type: ignore[arg-type]
+        written = _carry_out(prepared, name, stream, durable, (engine or AUTOMATIC).check(), on_progress)  # type: ignore[arg-type]
     except StateDictError as error:
         raise error.located(name) from error.__cause__
     return _report(checkpoint, prepared, written, name, digests, time.perf_counter() - start)
 
 
 def _carry_out(
-    prepared: Prepared, name: str, stream: BinaryIO | None, durable: bool, on_progress: Progress | None
+    prepared: Prepared,
+    name: str,
+    stream: BinaryIO | None,
+    durable: bool,
+    engine: Engine,
+    on_progress: Progress | None,
 ) -> Written:
     if stream is None:
-        return execute(prepared.plan, name, overwrite=True, durable=durable, on_progress=on_progress)
+        return execute(prepared.plan, name, overwrite=True, durable=durable, on_progress=on_progress, engine=engine)
     if isinstance(stream, io.TextIOBase):  # type: ignore[unreachable]
         raise StateDictError("the file object takes text", path=name, hint="Open it for bytes: open(path, 'wb')")
     return execute_to_stream(prepared.plan, stream, on_progress=on_progress)
@@ -99,7 +106,7 @@ def _report(
         digests=digests,
         atomic=written.atomic,
         durable=written.durable,
-        method=written.method,
+        method={**written.method, **(written.writing._asdict() if written.writing is not None else {})},
         seconds=seconds,
         findings=prepared.notes,
     )

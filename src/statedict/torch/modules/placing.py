@@ -44,12 +44,12 @@ def check_before(checkpoint: Checkpoint, entries: Iterable[TensorEntry], engine:
 
     Storages without either are not read. Raises ``CorruptFile`` for the first that differs.
     """
-    storages: dict[int, tuple[Storage, str]] = {}
+    storages: dict[int, tuple[Storage, TensorEntry]] = {}
     for entry in entries:
         for part in (entry, *entry.parts.values()):
             if part.view is not None and part.view.storage.extent is not None and is_checkable(part.view.storage):
-                storages.setdefault(part.view.storage.id, (part.view.storage, entry.key))
-    items = [Checked(storage, 0, key) for storage, key in storages.values()]
+                storages.setdefault(part.view.storage.id, (part.view.storage, entry))
+    items = [Checked(storage, 0, entry) for storage, entry in storages.values()]
     total = sum(item.storage.nbytes for item in items)
     verify(checkpoint.reader, items, choose_reading(_file(checkpoint), total, engine))
     return total
@@ -153,7 +153,7 @@ def _job(each: Placement, checkpoint: Checkpoint, check: bool) -> Job | _Upload 
         return None
     first = entry.dtype.nbytes(view.offset)
     whole = check and first == 0 and entry.nbytes == view.storage.nbytes and is_checkable(view.storage)
-    checked = [Checked(view.storage, 0, each.key)] if whole else []
+    checked = [Checked(view.storage, 0, entry)] if whole else []
     file = checkpoint.reader.files[extent.file]
     if is_device(target):
         start = target.storage_offset() * target.element_size()
