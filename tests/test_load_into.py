@@ -616,3 +616,67 @@ def test_a_refused_load_never_changes_a_bit(data: Any) -> None:
         statedict.load_into(module, state)
 
     assert key in str(caught.value)
+
+
+# -------------------------------------------------------------------- distributed wrappers
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of this process alone."""
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_distributed_model_takes_the_plain_file_and_gives_one(group: None, tmp_path: Path) -> None:
+    torch.save(trained(net()).state_dict(), tmp_path / "x.pth")
+    module = nn.parallel.DistributedDataParallel(net())
+    statedict.load_into(module, tmp_path / "x.pth", rules="auto")
+    statedict.save(module, tmp_path / "y.pth")
+    other = net()
+    report = statedict.load_into(other, tmp_path / "y.pth", rules="auto")
+
+    assert same(trained(net()), module.module) and same(module.module, other)
+    assert ["strip_prefix('module.')"] == [str(rule) for rule in report.rules]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_sharded_model_takes_the_full_state_dict(group: None, tmp_path: Path) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    torch.save(trained(net()).state_dict(), tmp_path / "x.pth")
+    module = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+    with pytest.raises(KeyMismatch):
+        statedict.load_into(module, {"w": torch.ones(2)})
+    report = statedict.load_into(module, tmp_path / "x.pth")
+
+    assert set(trained(net()).state_dict()) == set(report.loaded)
+    assert all(torch.equal(value, module.state_dict()[key]) for key, value in trained(net()).state_dict().items())
+
+
+def test_a_size_that_only_the_module_s_own_code_sees_changes_nothing(tmp_path: Path) -> None:
+    module = net()
+    module._register_load_state_dict_pre_hook(
+        lambda state, *rest: [
+            state.__setitem__(key[4:], state.pop(key)) for key in list(state) if key.startswith("old.")
+        ]
+    )
+    state = {f"old.{key}": value for key, value in trained(net(5)).state_dict().items()}
+    torch.save(state, tmp_path / "x.pth")
+    with unchanged(module), pytest.raises(SpecMismatch, match="another size"):
+        statedict.load_into(module, tmp_path / "x.pth", strict=False)
+
+
+def test_a_dry_run_checks_all_and_changes_nothing(source: Any) -> None:
+    module = net()
+    with unchanged(module):
+        report = statedict.load_into(module, source, dry_run=True)
+        with pytest.raises(KeyMismatch):
+            statedict.load_into(module, {"w": torch.ones(1)}, dry_run=True)
+
+    assert 8 == len(report.loaded)

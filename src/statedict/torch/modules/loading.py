@@ -20,7 +20,7 @@ from statedict.ops.mismatches import Mismatches, SizePair, listed
 from statedict.ops.state_items import metadata_of, state_items
 from statedict.torch.modules.lazy_parameters import LazyParameter
 from statedict.torch.modules.placing import Placement, check_before, copy_into, make_tensors, place
-from statedict.torch.modules.rehearsal import Rehearsal, is_plain, rehearse
+from statedict.torch.modules.rehearsal import Rehearsal, is_plain, is_sharded, rehearse
 from statedict.torch.modules.targets import Slot, Target, replace_tensors
 from statedict.torch.reading import to_value
 
@@ -73,6 +73,7 @@ class _ModuleLoading:
         self._choices = choices
         self._target = Target(module)
         self._items = state_items(checkpoint, self._target.slots)
+        self._sharded = is_sharded(module)
         self._plain = is_plain(module)
         self._findings: list[Finding] = []
         self._method: dict[str, object] = {}
@@ -88,7 +89,10 @@ class _ModuleLoading:
         self._check_ties(fitting)
         if self._choices.dry_run:
             return self._report(fitting, rules)
-        if self._choices.assign:
+        if self._sharded:
+            # Its hooks unfold the parameters, which are copied to then, and fold them again.
+            self._load_properly(fitting, set())
+        elif self._choices.assign:
             self._assign(fitting)
         else:
             self._fill(fitting)
@@ -97,7 +101,7 @@ class _ModuleLoading:
     # ---------------------------------------------------------------- what fits
 
     def _fit(self) -> Fitting:
-        if self._plain:
+        if self._plain or self._sharded:
             return self._fit_by_name()
         return self._fit_by_rehearsal()
 
@@ -199,6 +203,10 @@ class _ModuleLoading:
 
     def _refuse_placement(self, fitting: Fitting) -> None:
         """dtype= and device= are for tensors that are made here: those that are there stay what they are."""
+        if self._sharded and (self._choices.assign or self._choices.dtype or self._choices.device):
+            raise StateDictError(
+                "parameters of a sharded model stay what they are", hint="Leave assign=, dtype= and device= out"
+            )
         if self._choices.assign or (self._choices.dtype is None and self._choices.device is None):
             return
         dtype, device = self._choices.dtype, self._choices.device

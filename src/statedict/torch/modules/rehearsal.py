@@ -24,7 +24,7 @@ import torch
 from statedict.errors import StateDictError, one_line
 from statedict.torch.modules.lazy_parameters import LazyParameter
 
-__all__ = ["Rehearsal", "is_plain", "rehearse"]
+__all__ = ["Rehearsal", "is_plain", "is_sharded", "rehearse"]
 
 _SIZES = re.compile(
     r"size mismatch for (?P<key>.+?): copying a param with shape torch\.Size\((?P<found>\[.*?\])\) from checkpoint, "
@@ -69,6 +69,15 @@ def is_plain(module: torch.nn.Module) -> bool:
         ):
             return False
     return True
+
+
+def is_sharded(module: torch.nn.Module) -> bool:
+    """Whether its parameters are parts of flat ones (FSDP1), which only its own loading can unfold."""
+    return any(
+        base.__name__ == "FullyShardedDataParallel" and base.__module__.startswith("torch.distributed.fsdp")
+        for each in module.modules()
+        for base in type(each).__mro__
+    )
 
 
 def rehearse(module: torch.nn.Module, values: Mapping[str, Any], metadata: Any) -> Rehearsal:
