@@ -16,7 +16,7 @@ import pytest
 import xxhash
 
 from statedict.errors import CorruptFile, FileError, TargetExists
-from statedict.io import assembly, engine, writers
+from statedict.io import assembly, durable, engine, writers
 from statedict.io.plans import FileSource, Later, Literal, MemorySource, Payload, Segment, Source, Sum, WritePlan
 from statedict.io.ranges import File, LocalFile, MemoryFile
 from statedict.io.writers import execute, execute_to_stream
@@ -513,3 +513,28 @@ def test_files_that_are_no_local_files_are_read_by_their_own_means(tmp_path: Pat
     execute(plan, tmp_path / "a", overwrite=False)
 
     assert noise(2 * MIB) == (tmp_path / "a").read_bytes()
+
+
+@pytest.mark.parametrize("sizes", [[4096 * 3], [100, 5000, 4096 * 2, 1, 70_000], [1_000_000], [4095, 4097]])
+def test_writes_past_the_page_cache_give_the_same_file(sizes: list[int], tmp_path: Path) -> None:
+    data = [bytes((at * 7 + place) % 251 for place in range(size)) for at, size in enumerate(sizes)]
+    payloads = [Payload(str(at), len(each), MemorySource(each), True, True) for at, each in enumerate(data)]
+    tail = Later(16 * len(sizes), lambda sums: "".join(f"{each.crc:016x}" for each in sums.values()).encode())
+    plan = WritePlan("test", [Later(8, lambda sums: b"%08d" % len(sums)), *payloads, Literal(b"end"), tail])
+    plain = execute(plan, tmp_path / "plain", overwrite=False, engine=engine.Engine(direct=False))
+    direct = execute(
+        plan, tmp_path / "direct", overwrite=False, engine=engine.Engine(direct=True, block_nbytes=8192, threads=3)
+    )
+
+    assert (tmp_path / "plain").read_bytes() == (tmp_path / "direct").read_bytes()
+    assert plain.sums == direct.sums and direct.nbytes == sum(direct.method.values())
+
+
+def test_a_file_system_without_direct_writes_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable.DurableFile, "open_direct", lambda self: False)
+    plan = WritePlan("test", [Payload("a", 20_000, MemorySource(bytes(20_000)))])
+    written = execute(plan, tmp_path / "x", overwrite=False, engine=engine.Engine(direct=True, block_nbytes=4096))
+
+    assert (20_000, bytes(20_000)) == (written.method["buffered"], (tmp_path / "x").read_bytes())

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from statedict.errors import StateDictError
 from statedict.io.ranges import merge
 
-__all__ = ["Arena", "Piece", "Window", "allocate", "plan_windows"]
+__all__ = ["Arena", "Piece", "Window", "aligned", "allocate", "plan_windows"]
 
 PAGE_NBYTES = 4096
 HUGE_NBYTES = 2 * 1024 * 1024
@@ -118,6 +118,12 @@ def allocate(windows: Sequence[Window], *, huge_pages: bool) -> Iterator[Arena]:
         filled += window.nbytes
     if pending:
         yield Arena(pending, filled, huge_pages=huge_pages)
+
+
+def aligned(nbytes: int) -> memoryview:
+    """A buffer whose address is a multiple of that of a page, in huge pages where there are such."""
+    memory, start = _mapping(nbytes, huge_pages=True)
+    return memoryview(memory)[start : start + nbytes]
 
 
 def _mapping(nbytes: int, *, huge_pages: bool) -> tuple[mmap.mmap, int]:

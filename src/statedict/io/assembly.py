@@ -29,7 +29,12 @@ _LARGE = 1024 * 1024
 
 
 class Sink(Protocol):
-    """Where the buffers go."""
+    """Where the buffers go.
+
+    ``alignment`` is what offsets should be multiples of where a buffer begins; above 1, everything goes through buffers.
+    """
+
+    alignment: int
 
     def buffer(self) -> memoryview:
         """A buffer to fill, which ``write`` gives back. All are of one size."""
@@ -90,7 +95,7 @@ class Assembly:
             data = self._near(index, payload.nbytes, *extent)
             summing.update(data)
             self._put(data)
-        elif payload.nbytes >= _LARGE and self._whole(payload, extent, summing):
+        elif payload.nbytes >= _LARGE and self._sink.alignment == 1 and self._whole(payload, extent, summing):
             pass
         else:
             self._stream(payload, summing)
@@ -180,7 +185,9 @@ class Assembly:
         if self._buffer is not None and self._filled == len(self._buffer):
             self._flush()
         if self._buffer is None:
-            self._buffer = self._sink.buffer()
+            buffer = self._sink.buffer()
+            # The first one after an early flush is cut short, so that those behind it are aligned again.
+            self._buffer = buffer[: len(buffer) - self._position % self._sink.alignment]
         return self._buffer[self._filled :]
 
     def _flush(self) -> None:

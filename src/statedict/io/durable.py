@@ -19,7 +19,10 @@ from statedict.errors import FileError, StateDictError, TargetExists
 from statedict.io.ranges import LocalFile
 from statedict.io.temporaries import backup_name, lock, remove, sweep, temporary_name
 
-__all__ = ["DurableFile", "check_target", "write_bytes"]
+__all__ = ["PAGE_NBYTES", "DurableFile", "check_target", "write_bytes"]
+
+# What offsets, lengths and addresses of writes past the page cache are multiples of.
+PAGE_NBYTES = 4096
 
 # Buffers of one system call: IOV_MAX of Linux and macOS.
 _MOST_BUFFERS = 1024
@@ -44,7 +47,7 @@ class DurableFile:
         self.durable = durable
         self._overwrite = overwrite
         self._final = self._temporary = self._backup = ""
-        self._fd = self._folder = -1
+        self._fd = self._folder = self._direct = -1
         self._can_undo = True
         self._stays = False
 
@@ -72,6 +75,31 @@ class DurableFile:
             raise self._error(refusal) from refusal
         finally:
             self._discard()
+
+    def open_direct(self) -> bool:
+        """Have aligned writes go past the page cache from now on; False where this file system can't."""
+        try:
+            self._direct = os.open(self._temporary, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+        except (OSError, AttributeError):
+            return False
+        return True
+
+    def write_direct(self, offset: int, data: memoryview) -> bool:
+        """Write past the page cache, if offset, length and address are aligned as that takes; else False, and nothing is written."""
+        if self._direct < 0 or offset % PAGE_NBYTES or len(data) % PAGE_NBYTES:
+            return False
+        done = 0
+        while done < len(data):
+            try:
+                count = os.pwritev(self._direct, [data[done:]], offset + done)
+            except OSError as error:
+                if error.errno in _NOT_SUPPORTED:
+                    return False  # what was written so far is written again
+                raise self._error(error) from error
+            if count == 0 or count % PAGE_NBYTES:
+                return False
+            done += count
+        return True
 
     def write_at(self, offset: int, buffers: Sequence[bytes | memoryview]) -> None:
         """Write all of the buffers one after the other, the first at ``offset``; several threads may do so at once."""
@@ -220,6 +248,9 @@ class DurableFile:
             self._folder = -1
 
     def _close_file(self) -> None:
+        direct, self._direct = self._direct, -1
+        if direct >= 0:
+            os.close(direct)
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)

@@ -13,8 +13,9 @@ from types import TracebackType
 from typing import BinaryIO, NamedTuple
 
 from statedict.errors import FileError
+from statedict.io.arenas import aligned
 from statedict.io.assembly import Assembly
-from statedict.io.durable import DurableFile
+from statedict.io.durable import PAGE_NBYTES, DurableFile
 from statedict.io.engine import AUTOMATIC, Engine, Writing, choose_writing
 from statedict.io.plans import Later, Payload, Sum, WritePlan
 from statedict.io.ranges import BLOCK_NBYTES, LocalFile, blocks
@@ -35,7 +36,7 @@ class Written(NamedTuple):
     sums: Mapping[str, Sum]  # of every payload, by key
     atomic: bool  # it appeared at once, complete
     durable: bool  # it outlives a power cut
-    method: Mapping[str, int]  # bytes by the way they took: "buffered", "kernel copy", "stream"
+    method: Mapping[str, int]  # bytes by the way they took: "buffered", "kernel copy", "direct write", "stream"
     writing: Writing | None = None  # how; None for a stream
 
 
@@ -56,9 +57,10 @@ def execute(
     Raises what ``DurableFile`` does, and whatever a source raises, unchanged. Nothing is left behind then. Seven
     buffers of 4 MiB are in use, whatever the size; the threads have ended when this returns or raises.
     """
-    writing = choose_writing(os.path.dirname(os.path.realpath(path)), plan.nbytes, engine)
+    writing = choose_writing(os.path.dirname(os.path.realpath(path)), plan.nbytes, engine, durable=durable)
     with DurableFile(path, overwrite=overwrite, nbytes=plan.nbytes, durable=durable) as file:
-        with _Writers(file, writing) as writers:
+        direct = writing.direct and file.open_direct()
+        with _Writers(file, writing, direct=direct) as writers:
             assembly = Assembly(plan, writers, on_progress=on_progress)
             assembly.run()
         for offset, later in assembly.unwritten:
@@ -69,8 +71,10 @@ def execute(
                 check(written, assembly.sums)
             finally:
                 written.close()
-    copied = sum(writers.copied)
-    method = {"buffered": plan.nbytes - copied, "kernel copy": copied}
+    copied, past = sum(writers.copied), sum(writers.direct)
+    method = {"buffered": plan.nbytes - copied - past, "kernel copy": copied}
+    if past:
+        method["direct write"] = past
     return Written(plan.nbytes, assembly.sums, True, file.durable, method, writing)
 
 
@@ -106,8 +110,10 @@ def _looks_ahead(plan: WritePlan) -> bool:
 class _Writers:
     """Threads that write into one file what they are handed. A plan of one block is written by the caller's own."""
 
-    def __init__(self, file: DurableFile, writing: Writing) -> None:
+    def __init__(self, file: DurableFile, writing: Writing, *, direct: bool = False) -> None:
         self.copied: list[int] = []  # bytes that the kernel copied, a number per call
+        self.direct: list[int] = []  # bytes that went past the page cache, a number per call
+        self.alignment = PAGE_NBYTES if direct else 1
         self._file = file
         self._buffer_nbytes = writing.block_nbytes
         # One being filled, one a thread being written, one a thread waiting.
@@ -147,12 +153,22 @@ class _Writers:
         """An empty buffer, once there is one."""
         if self._made < self._most_buffers and self._free.empty():
             self._made += 1
-            return memoryview(bytearray(self._buffer_nbytes))
+            return aligned(self._buffer_nbytes) if self.alignment > 1 else memoryview(bytearray(self._buffer_nbytes))
         return self._free.get()
 
     def write(self, offset: int, data: memoryview, buffer: memoryview | None) -> None:
         """Have the data written, and then the buffer given back."""
-        self._submit(partial(self._file.write_at, offset, [data]), len(data), buffer)
+        self._submit(partial(self._write, offset, data), len(data), buffer)
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        if self.alignment > 1:
+            # The last block is rarely whole pages: its pages go past the cache, its end doesn't.
+            whole = len(data) - len(data) % PAGE_NBYTES
+            if whole and self._file.write_direct(offset, data[:whole]):
+                self.direct.append(whole)
+                offset, data = offset + whole, data[whole:]
+        if len(data):
+            self._file.write_at(offset, [data])
 
     def copy(self, offset: int, file: LocalFile, source_offset: int, nbytes: int) -> bool:
         """Have the range copied, by the kernel where it can."""
@@ -231,6 +247,8 @@ class _Writers:
 class _Stream:
     """An open file object that is written in order, by the caller's thread."""
 
+    alignment = 1
+
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._buffer = memoryview(bytearray(BLOCK_NBYTES))
@@ -274,6 +292,8 @@ class _Stream:
 
 class _Nowhere:
     """Takes everything and keeps nothing: for a pass that only sums."""
+
+    alignment = 1
 
     def __init__(self) -> None:
         self._buffer = memoryview(bytearray(BLOCK_NBYTES))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from statedict.dtypes import DType
 
@@ -12,7 +12,7 @@ __all__ = ["refusal"]
 _SCALES = ("_scale_inv", "_scale", ".scale", ".weight_scale", "_scales", ".absmax", ".SCB")
 
 
-def refusal(key: str, before: DType, after: DType, *, is_parameter: bool, keys: Iterable[str] = ()) -> str | None:
+def refusal(key: str, before: DType, after: DType, *, is_parameter: bool, keys: Collection[str] = ()) -> str | None:
     """Why a tensor of one dtype must not become one of another; None where it may.
 
     ``keys`` are those of the source: the scale that goes with a tensor is named if it is there.
@@ -29,10 +29,9 @@ def refusal(key: str, before: DType, after: DType, *, is_parameter: bool, keys: 
     return None
 
 
-def _scale(key: str, keys: Iterable[str]) -> str:
-    known = set(keys)
+def _scale(key: str, keys: Collection[str]) -> str:
     stem = key.rpartition(".")[0]
     for name in [f"{key}{end}" for end in _SCALES] + [f"{stem}{end}" for end in _SCALES if end.startswith(".")]:
-        if name in known:
+        if name in keys:
             return f" (its scale is '{name}')"
     return ""

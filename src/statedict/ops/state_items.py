@@ -6,6 +6,7 @@ from collections.abc import Container as Names
 from collections.abc import Mapping
 
 from statedict.checkpoint import Checkpoint
+from statedict.errors import KeyMismatch
 from statedict.manifest import Container, Node, TensorEntry
 from statedict.nodes import components
 
@@ -15,7 +16,7 @@ __all__ = ["metadata_of", "state_items", "tensor_shapes"]
 def state_items(checkpoint: Checkpoint, whole: Names[str] = ()) -> dict[str, Node]:
     """What stands under each dotted key. A container is taken apart, unless its own key is among ``whole``.
 
-    An ``_extra_state`` is one value, whatever it is made of. Where two paths read alike, the first one counts.
+    An ``_extra_state`` is one value, whatever it is made of. Raises ``KeyMismatch`` where two paths read alike.
     """
     found: dict[str, Node] = {}
     pending: list[tuple[str, Node]] = [("", checkpoint.manifest.structure)]
@@ -35,7 +36,10 @@ def state_items(checkpoint: Checkpoint, whole: Names[str] = ()) -> dict[str, Nod
             prefix = f"{key}." if key else ""
             pending.extend((f"{prefix}{parts[i]}", node.children[i]) for i in range(len(parts) - 1, -1, -1))
         elif key:
-            found.setdefault(key, node)
+            if key in found:
+                what = "two values of the file would have one key"
+                raise KeyMismatch(what, path=checkpoint.source, key=key, hint="Say which part is meant: at=")
+            found[key] = node
     return found
 
 

@@ -19,7 +19,8 @@ from statedict.ops.load_report import LoadReport
 from statedict.ops.state_items import state_items, tensor_shapes
 from statedict.prefixes import Repair, containers_of, find_repair
 from statedict.rules import Rules, apply, select
-from statedict.torch.modules.loading import Choices, load_module
+from statedict.torch.modules.fitting import Choices
+from statedict.torch.modules.loading import load_module
 from statedict.torch.modules.targets import Target
 from statedict.torch.reading import load_tree
 from statedict.torch.storages import Options
