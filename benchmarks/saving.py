@@ -31,6 +31,7 @@ measured(work)
 )
 SAFETENSORS = "from safetensors.torch import save_file\n" + DATA + "measured(lambda: save_file(state, sys.argv[1]))"
 OURS = "import statedict\n" + DATA + "measured(lambda: statedict.save(state, sys.argv[1], durable=DURABLE))"
+AGAIN = OURS.replace("measured", "statedict.save({'w': torch.ones(1)}, sys.argv[1])\nmeasured")
 DIRECT = """\
 import mmap
 nbytes = int(sys.argv[2]) << 26
@@ -77,6 +78,8 @@ def main() -> None:
             way("torch.save, fsync", TORCH_SYNCED, "torch.pth"),
             way("ours, .pth", OURS.replace("DURABLE", "True"), "ours.pth"),
             way("ours, .safetensors", OURS.replace("DURABLE", "True"), "ours.safetensors"),
+            way("ours, .pth, not the first save", AGAIN.replace("DURABLE", "True"), "ours.pth"),
+            way("ours, .safetensors, not the first save", AGAIN.replace("DURABLE", "True"), "ours.safetensors"),
         ]
         table(run(durable, options.rounds), nbytes, ["torch.save, fsync", "O_DIRECT write, 2 threads, fsync"])
         print("\nnot durable")

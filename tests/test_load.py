@@ -407,6 +407,22 @@ def test_a_file_that_is_cut_short_meanwhile_is_an_error(tmp_path: Path) -> None:
             statedict.load(checkpoint, mmap=False)
 
 
+def test_a_file_that_is_not_cached_is_read_past_the_page_cache(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    value = {"w": torch.arange(17 * MIB, dtype=torch.int32), "b": torch.arange(5)}
+    safetensors.save_file(value, path)
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    reports: list[Any] = []
+    found = statedict.load(path, mmap=False, on_report=reports.append)
+
+    assert same(value, {key: found[key] for key in value})
+    method = reports[0].method
+    assert method["direct"] == (not method["cached"] and method["filesystem"] in ("ext4", "xfs"))
+
+
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(5 * MIB)}, tmp_path / "x.pth")
     seen: list[tuple[int, int]] = []

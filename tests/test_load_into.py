@@ -19,7 +19,7 @@ import statedict
 from statedict import CorruptFile, KeyMismatch, SpecMismatch, StateDictError, rules
 
 torch = pytest.importorskip("torch")
-nn = torch.nn if hasattr(torch, "nn") else None
+nn = torch.nn
 
 
 def net(width: int = 4) -> Any:
@@ -238,7 +238,7 @@ def test_integer_buffers_stay_exact() -> None:
 # -------------------------------------------------------------------- ties
 
 
-class Tied(nn.Module if nn else object):  # type: ignore[misc, name-defined]
+class Tied(nn.Module):  # type: ignore[misc, name-defined]
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(5, 3)
@@ -341,7 +341,7 @@ def test_lazy_modules_take_their_shapes_from_the_file(tmp_path: Path) -> None:
     assert same(trained(net()), module)
 
 
-class Extra(nn.Linear if nn else object):  # type: ignore[misc, name-defined]
+class Extra(nn.Linear):  # type: ignore[misc, name-defined]
     state: Any = None
 
     def get_extra_state(self) -> Any:
@@ -541,6 +541,17 @@ def test_rules_are_applied_before_names_are_compared(tmp_path: Path) -> None:
     assert same(trained(net()), module)
     loaded = statedict.load(tmp_path / "x.pth", rules=[rules.select("model"), rules.strip_prefix("net.")])
     assert list(net().state_dict()) == list(loaded)
+
+
+def test_rules_are_there_where_the_message_says() -> None:
+    import subprocess
+    import sys
+
+    code = "import statedict; print(statedict.rules.strip_prefix('module.'))"
+
+    assert (
+        b"strip_prefix('module.')" == subprocess.run([sys.executable, "-c", code], capture_output=True).stdout.strip()
+    )
 
 
 def test_a_whole_saved_model_is_a_source(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ Importing this package imports nothing else: each name below is fetched when it 
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
+    from statedict import rules as rules
     from statedict.checkpoint import Checkpoint, open
     from statedict.doors import (
         filter_state_dict,
@@ -96,6 +97,7 @@ __all__ = [
     "load_model_safely",
     "load_training_state",
     "open",
+    "rules",
     "save",
     "save_training_state",
 ]
@@ -123,6 +125,7 @@ _HOMES = {
     "load_model_safely": "statedict.doors",
     "load_training_state": "statedict.doors",
     "open": "statedict.checkpoint",
+    "rules": "statedict.rules",
     "save": "statedict.doors",
     "save_training_state": "statedict.doors",
 }
@@ -135,7 +138,8 @@ if not TYPE_CHECKING:  # a type checker that saw it would believe in any name
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
 
-        value = getattr(import_module(_HOMES.get(name, "statedict.errors")), name)
+        home = import_module(_HOMES.get(name, "statedict.errors"))
+        value = home if name == "rules" else getattr(home, name)
         globals()[name] = value
         return value
 

@@ -3,8 +3,9 @@
 Measured on two shared cores, ext4, 1 GiB (GB/s; a copy between touched buffers reaches 12.6):
 
 - warm, into fresh memory: one thread 1.8, two 3.2; in huge pages one 6.9, two 11.9, four 11.0; blocks of 2 to 16 MiB alike
-- cold: O_DIRECT with two or four threads 2.3 to 2.5, buffered 1.2 to 2.1, buffered with the kernel told 128 MiB ahead what comes
-  next 2.2 to 2.5: as fast as the disk, without its rules of alignment, and the next reader finds the file in the page cache
+- cold, in a fresh process: O_DIRECT with eight threads 2.1, with four 1.7; buffered, with the kernel told 128 MiB ahead what comes
+  next, 1.1 to 1.7, and without that less; the disk itself, into memory that was touched before, 2.6. What O_DIRECT has read isn't
+  in the page cache for the next reader; where it isn't used, the kernel is told ahead
 
 Durable writes of 1 GiB: O_DIRECT from 4 MiB buffers in huge pages 0.36 s by three threads, 0.41 by two; buffered, with the disk set
 to work after every 64 MiB, 0.48 s; the disk itself takes 0.34 s. The copy into aligned buffers is done while it writes; from
@@ -33,7 +34,8 @@ _NETWORK_THREADS = 16
 _ONE_THREAD_NBYTES = 8 * _MIB
 # How far ahead of the reads the kernel is told what comes next, where the file is not in the page cache.
 _AHEAD_NBYTES = 128 * _MIB
-# Durable files of at least this many bytes are written past the page cache, on the file systems where that is the disk's own speed.
+# From this many bytes on, durable files are written and uncached ones read past the page cache, on the file systems where that is
+# the disk's own speed.
 _DIRECT_NBYTES = 64 * _MIB
 _DIRECT = frozenset({"ext4", "xfs"})
 # Bytes written after which the disk is set to work.
@@ -97,16 +99,17 @@ def choose_reading(file: LocalFile | None, nbytes: int, engine: Engine = AUTOMAT
     kind = filesystem_of(file.path) if file is not None else "unknown"
     cached = file is None or is_memory(kind) or nbytes <= _ONE_THREAD_NBYTES or _is_cached(file)
     threads = _NETWORK_THREADS if is_network(kind) else min(_MOST_THREADS, max(2, cpus()))
+    direct = not cached and kind in _DIRECT and nbytes >= _DIRECT_NBYTES if engine.direct is None else engine.direct
     if nbytes <= _ONE_THREAD_NBYTES:
         threads = 1
     elif not cached and not is_network(kind):
-        threads = max(threads, 4)
+        threads = max(threads, _MOST_THREADS if direct else 4)
     return Reading(
         threads if engine.threads is None else engine.threads,
         engine.block_nbytes or _BLOCK_NBYTES,
-        bool(engine.direct),
+        direct,
         engine.huge_pages is not False,
-        (0 if cached or engine.direct else _AHEAD_NBYTES) if engine.ahead_nbytes is None else engine.ahead_nbytes,
+        (0 if cached or direct else _AHEAD_NBYTES) if engine.ahead_nbytes is None else engine.ahead_nbytes,
         kind,
         cached,
     )

@@ -8,11 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from statedict.errors import CorruptFile, StateDictError, Unsupported
-from statedict.formats import read_manifest
 from statedict.formats.layout import identity, in_memory_order
-from statedict.formats.safetensors_writer import SafetensorsWriter
-from statedict.formats.torch_zip_writer import TorchZipWriter
-from statedict.formats.typed_json import encode
 from statedict.io.plans import Payload, Source, Sum, WritePlan
 from statedict.io.ranges import File, LocalFile, blocks
 from statedict.io.writers import Progress, Written, execute
@@ -72,7 +68,10 @@ def prepare(
     Raises ``Unsupported``, ``UnsafeContent`` or ``LimitExceeded``, naming the keys, for what the format can't take.
     """
     try:
+        # Each format's code is loaded when it is written.
         if (format or format_of(path)) == "torch-zip":
+            from statedict.formats.torch_zip_writer import TorchZipWriter
+
             zipped = TorchZipWriter(tree.root, tree.metadata, digests=digests, keep_storages=keep_storages)
             return Prepared(tree, zipped.plan(tree.source_of), tuple(zipped.notes))
         if keep_storages:
@@ -80,6 +79,8 @@ def prepare(
                 "a .safetensors file holds tensors and not the storages that they are views of",
                 hint="Leave --keep-storages out, or write a .pth",
             )
+        from statedict.formats.safetensors_writer import SafetensorsWriter
+
         writer = SafetensorsWriter(tree.root, tree.metadata, digests=digests)
         return Prepared(tree, writer.plan(tree.source_of), tuple(writer.notes))
     except StateDictError as error:
@@ -125,6 +126,8 @@ def write(
 
 def _compare(file: LocalFile, prepared: Prepared, sums: Mapping[str, Sum]) -> None:
     """Read the file back: its header must describe the tree that was meant, its bytes have the digests that were computed."""
+    from statedict.formats import read_manifest
+
     found = read_manifest([file], _UNLIMITED).structure
     difference = _difference(prepared.tree.root, found)
     if difference:
@@ -138,6 +141,8 @@ def _compare(file: LocalFile, prepared: Prepared, sums: Mapping[str, Sum]) -> No
 
 def _difference(meant: Node, found: Node) -> str:
     """What differs between the tree that was meant and the one that a reader sees; empty if nothing does."""
+    from statedict.formats.typed_json import encode
+
     before, after = every_tensor(meant), every_tensor(found)
     if len(before) != len(after):
         return f"{len(before)} tensors were to be written, {len(after)} are there"
