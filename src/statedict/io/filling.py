@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from threading import Lock, Thread
-from typing import NamedTuple, Protocol
+from threading import Lock
+from typing import NamedTuple
 
-from statedict.errors import CorruptFile
-from statedict.io.crc import crc32
 from statedict.io.engine import Reading
 from statedict.io.ranges import File, LocalFile, blocks
 from statedict.io.storages import StorageReader
-from statedict.manifest import Storage, TensorEntry
+from statedict.io.sums import Checked, SumCheck, check_all
+from statedict.io.workers import Workers
 
-__all__ = ["Checked", "Job", "SumCheck", "Workers", "fill", "is_checkable", "verify"]
-
-_DAMAGED = "The file is damaged: download or copy it again. check=False loads it as it is"
-
-
-class Checked(NamedTuple):
-    """A storage whose bytes are read, and where they are in the job's memory."""
-
-    storage: Storage
-    start: int
-    entry: TensorEntry  # a tensor that it belongs to, for the message
+__all__ = ["Job", "fill", "verify"]
 
 
 class Job(NamedTuple):
@@ -34,89 +23,6 @@ class Job(NamedTuple):
     offset: int
     memory: memoryview
     checked: Sequence[Checked] = ()
-
-
-def is_checkable(storage: Storage) -> bool:
-    """Whether the file records a digest or a CRC of this storage."""
-    return storage.digest is not None or storage.crc is not None
-
-
-class _Sum(Protocol):
-    def update(self, data: memoryview) -> None:
-        """Take in the next bytes."""
-
-    def matches(self) -> bool:
-        """Whether the sum is the one that the file records."""
-
-
-class _Digest:
-    def __init__(self, storage: Storage) -> None:
-        from xxhash import xxh3_128
-
-        self._expected = storage.digest
-        self._state = xxh3_128()
-        self.update = self._state.update
-
-    def matches(self) -> bool:
-        return f"xxh3-128:{self._state.hexdigest()}" == self._expected
-
-
-class _Crc:
-    def __init__(self, storage: Storage) -> None:
-        self._expected = storage.crc
-        self._state = 0
-
-    def update(self, data: memoryview) -> None:
-        self._state = crc32(data, self._state)
-
-    def matches(self) -> bool:
-        return self._state == self._expected
-
-
-class SumCheck:
-    """The sum of one storage, taken in piece by piece: the digest where the file has one, else the CRC."""
-
-    def __init__(self, file: File, item: Checked) -> None:
-        self._file = file
-        self._item = item
-        self._sum: _Sum = _Digest(item.storage) if item.storage.digest is not None else _Crc(item.storage)
-
-    def update(self, data: memoryview) -> None:
-        """Take in the next bytes."""
-        self._sum.update(data)
-
-    def finish(self) -> None:
-        """Raise ``CorruptFile`` if the sum isn't the one that the file records."""
-        if not self._sum.matches():
-            raise _differs(self._file, self._item)
-
-
-def _differs(file: File, item: Checked) -> CorruptFile:
-    storage = item.storage
-    kind = "digest" if storage.digest is not None else "CRC-32"
-    return CorruptFile(
-        f"the bytes of storage '{storage.name}' are not those that were written: their {kind} differs",
-        path=file.path,
-        key=item.entry.key,
-        offset=storage.extent.offset if storage.extent is not None else None,
-        hint=_DAMAGED,
-    )
-
-
-def _check_all(job: Job) -> None:
-    """The sums of all storages of a job that is read whole: there may be 2,000 of 1 KiB in it."""
-    from xxhash import xxh3_128_hexdigest
-
-    memory = job.memory
-    for item in job.checked:
-        storage = item.storage
-        data = memory[item.start : item.start + storage.nbytes]
-        if storage.digest is not None:
-            good = storage.digest == f"xxh3-128:{xxh3_128_hexdigest(data)}"
-        else:
-            good = storage.crc == crc32(data)
-        if not good:
-            raise _differs(job.file, item)
 
 
 class _Chain:
@@ -206,55 +112,6 @@ def _range(reader: StorageReader, item: Checked) -> tuple[File, int, int]:
     return reader.files[extent.file], extent.offset, extent.nbytes
 
 
-class Workers:
-    """Runs one function in several threads, the caller's among them, until all have returned; the first error is raised."""
-
-    def __init__(self, count: int) -> None:
-        self.stopped = False
-        self._count = count
-        self._error: BaseException | None = None
-
-    def run(self, work: Callable[[], None]) -> None:
-        """Returns, or raises, when every thread has ended: Ctrl-C only makes them end earlier."""
-        threads = [
-            Thread(target=self._guarded, args=(work,), name="statedict-reader", daemon=True)
-            for _ in range(self._count - 1)
-        ]
-        started = []
-        try:
-            for thread in threads:
-                try:
-                    thread.start()
-                except RuntimeError:
-                    break  # the system grants no more threads: fewer will do, or none
-                started.append(thread)
-            self._guarded(work)
-        finally:
-            self._end(started)
-        if self._error is not None:
-            raise self._error
-
-    def _guarded(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:
-            self.stopped = True
-            self._error = self._error or error
-
-    def _end(self, threads: Sequence[Thread]) -> None:
-        """Wait for the threads, however often Ctrl-C is pressed meanwhile: the memory that they fill is let go of next."""
-        interrupt: BaseException | None = None
-        while any(thread.is_alive() for thread in threads):
-            try:
-                for thread in threads:
-                    thread.join()
-            except BaseException as error:  # noqa: PERF203
-                self.stopped = True
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
-
-
 class _Filling:
     def __init__(self, jobs: Sequence[Job], reading: Reading, on_progress: Callable[[int, int], None] | None) -> None:
         self._reading = reading
@@ -299,7 +156,7 @@ class _Filling:
         if task.chain is not None:
             task.chain.finished(task.block)
         elif job.checked:
-            _check_all(job)
+            check_all(job.file, job.memory, job.checked)
         if self._on_progress is not None:
             with self._lock:
                 self._done += task.nbytes

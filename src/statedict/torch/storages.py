@@ -17,9 +17,10 @@ from statedict.formats.layout import by_storage, clusters, leaves
 from statedict.io.arenas import Arena, Piece, Window, allocate, plan_windows
 from statedict.io.engine import AUTOMATIC, Engine, Reading, choose_reading
 from statedict.io.filesystems import filesystem_of, is_network
-from statedict.io.filling import Checked, Job, SumCheck, fill, is_checkable
+from statedict.io.filling import Job, fill
 from statedict.io.ranges import File, LocalFile, blocks
 from statedict.io.storages import StorageReader
+from statedict.io.sums import Checked, SumCheck, is_checkable
 from statedict.manifest import Storage, TensorEntry
 from statedict.torch.devices import Ring, Upload, as_bytes, backend_of
 

@@ -14,8 +14,9 @@ import torch
 from statedict.checkpoint import Checkpoint
 from statedict.errors import StateDictError
 from statedict.io.engine import AUTOMATIC, Engine, choose_reading
-from statedict.io.filling import Checked, Job, SumCheck, fill, is_checkable, verify
+from statedict.io.filling import Job, fill, verify
 from statedict.io.ranges import File, LocalFile
+from statedict.io.sums import Checked, SumCheck, is_checkable
 from statedict.lazy_tensor import LazyTensor
 from statedict.manifest import Storage, TensorEntry
 from statedict.torch.building import TensorBuilder, dtype_in_torch
