@@ -27,6 +27,7 @@ torch.save(state, f"{folder}/torch.pth")
 save_file(state, f"{folder}/hub.safetensors")
 statedict.save(state, f"{folder}/ours.pth")
 statedict.save(state, f"{folder}/ours.safetensors")
+statedict.save({"w": torch.ones(1)}, f"{folder}/tiny.safetensors")
 torch.save({f"t.{i}": torch.randn(256) for i in range(100_000)}, f"{folder}/many.pth")
 """
 TORCH = "import torch\nmeasured(lambda: torch.load(sys.argv[1]))"
@@ -35,6 +36,7 @@ CLONED = (
     "measured(lambda: {key: value.clone() for key, value in load_file(sys.argv[1]).items()})"
 )
 OURS = "import torch, statedict\nmeasured(lambda: statedict.load(sys.argv[1], mmap=False, check={check}))"
+AGAIN = OURS.replace("measured", "statedict.load(sys.argv[2], mmap=False)\nmeasured")
 COPY = """\
 import numpy as np
 one, other = np.ones(1 << 30, np.uint8), np.ones(1 << 30, np.uint8)
@@ -126,7 +128,13 @@ def cold(folder: str, nbytes: int, rounds: int) -> None:
     """From the disk, against what the disk gives past the page cache."""
     print("\ncold")
     direct = str(Path(folder, "hub.safetensors"))
-    figures = run([Way("O_DIRECT read, 4 threads", DIRECT, (direct,), dropper(direct)), *ways(folder, dropper)], rounds)
+    first = Way("O_DIRECT read, 4 threads", DIRECT, (direct,), dropper(direct))
+    again = [
+        Way(f"ours, {name}, check={check}, not the first load", AGAIN.format(check=check), (path, tiny), dropper(path))
+        for name, check in (("hub.safetensors", False), ("ours.safetensors", True))
+        for path, tiny in [(str(Path(folder, name)), str(Path(folder, "tiny.safetensors")))]
+    ]
+    figures = run([first, *ways(folder, dropper), *again], rounds)
     table(figures, nbytes, ["O_DIRECT read, 4 threads", "torch.load"])
 
 

@@ -3,8 +3,8 @@
     python benchmarks/saving.py [--mib 1024] [--rounds 9] [--folder .]
 
 Durable means that fsync came back; ours writes digests in both cases, and a ``.pth`` has a CRC-32 of each record besides. Each run
-writes a new file, after a ``sync``. Beside them stands what the disk takes past the page cache. ``processes.py`` says how
-a run is made.
+writes a new file, after a ``sync``; that of the run before is removed seconds earlier. Beside them stands what the disk takes
+past the page cache. ``processes.py`` says how a run is made.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from pathlib import Path
 
 from processes import Way, run, table
 
-DATA = "import torch\nstate = {f'layers.{i}.weight': torch.randn(int(sys.argv[2]), 1024, 256) for i in range(64)}\n"
+# What an earlier run left is removed while there is time for the disk to free its blocks.
+FRESH = "if os.path.exists(sys.argv[1]):\n    os.remove(sys.argv[1])\n"
+DATA = (
+    FRESH
+    + "import torch\nstate = {f'layers.{i}.weight': torch.randn(int(sys.argv[2]), 1024, 256) for i in range(64)}\n"
+)
 TORCH = DATA + "measured(lambda: torch.save(state, sys.argv[1]))"
 TORCH_SYNCED = (
     DATA
@@ -31,8 +36,10 @@ measured(work)
 )
 SAFETENSORS = "from safetensors.torch import save_file\n" + DATA + "measured(lambda: save_file(state, sys.argv[1]))"
 OURS = "import statedict\n" + DATA + "measured(lambda: statedict.save(state, sys.argv[1], durable=DURABLE))"
-AGAIN = OURS.replace("measured", "statedict.save({'w': torch.ones(1)}, sys.argv[1])\nmeasured")
-DIRECT = """\
+AGAIN = OURS.replace("measured", "statedict.save({'w': torch.ones(1)}, sys.argv[1])\nos.remove(sys.argv[1])\nmeasured")
+DIRECT = (
+    FRESH
+    + """\
 import mmap
 nbytes = int(sys.argv[2]) << 26
 memory = mmap.mmap(-1, 1 << 26, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -56,6 +63,7 @@ def work():
     os.fsync(fd)
 measured(work)
 """
+)
 
 
 def main() -> None:
@@ -70,7 +78,7 @@ def main() -> None:
 
         def way(title: str, code: str, name: str) -> Way:
             path = str(Path(folder, name))
-            return Way(title, code, (path, rows), lambda: fresh(path))
+            return Way(title, code, (path, rows), os.sync)
 
         print("\ndurable")
         durable = [
@@ -90,13 +98,6 @@ def main() -> None:
             way("ours, .safetensors", OURS.replace("DURABLE", "False"), "ours.safetensors"),
         ]
         table(run(hasty, options.rounds), nbytes, ["torch.save", "safetensors save_file"])
-
-
-def fresh(path: str) -> None:
-    """No file there, and nothing left to be written of those before."""
-    if os.path.exists(path):
-        os.remove(path)
-    os.sync()
 
 
 if __name__ == "__main__":

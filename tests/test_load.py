@@ -429,3 +429,19 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     statedict.load(tmp_path / "x.pth", on_progress=lambda done, total: seen.append((done, total)))
 
     assert len(seen) > 1 and seen[-1][0] == seen[-1][1] >= 20 * MIB
+
+
+@pytest.mark.parametrize("extra", [0, 1, 1000, 1024, 3000, 4096])
+def test_a_short_rest_is_read_and_checked_with_the_block_before_it(extra: int, tmp_path: Path) -> None:
+    tensor = torch.arange(2 * 4096 + extra, dtype=torch.uint8)
+    path = tmp_path / "a.safetensors"
+    statedict.save({"t": tensor, "u": tensor.flip(0)}, path)
+    engine = Engine(threads=2, block_nbytes=4096)
+
+    assert torch.equal(tensor, statedict.load(path, mmap=False, engine=engine)["t"])
+
+    data = bytearray(path.read_bytes())
+    data[-tensor.numel() - 1] ^= 1  # the last byte of the first tensor
+    path.write_bytes(data)
+    with pytest.raises(CorruptFile):
+        statedict.load(path, mmap=False, engine=engine)

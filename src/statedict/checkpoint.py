@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
+from statedict.collecting import uncollected
 from statedict.errors import KeyNotFound, StateDictError, Unsupported
 from statedict.io.ranges import File, LocalFile, StreamFile, close_all
 from statedict.io.storages import StorageReader
@@ -17,7 +16,7 @@ from statedict.limits import DEFAULT_LIMITS, Limits
 from statedict.manifest import Manifest, Node, ObjectEntry, TensorEntry, tied_groups
 from statedict.nodes import find, fold, rebased, rebuilt
 
-__all__ = ["Checkpoint", "of_memory", "open", "uncollected"]
+__all__ = ["Checkpoint", "of_memory", "open"]
 
 
 class Checkpoint(Mapping[str, LazyTensor]):
@@ -225,18 +224,6 @@ def of_memory(value: Any, limits: Limits = DEFAULT_LIMITS, *, still: bool = Fals
 def _lazy(value: object) -> tuple[TensorEntry, tuple[File, ...]] | None:
     """What a lazy tensor is made of."""
     return (value.entry, tuple(value.origin.reader.files)) if isinstance(value, LazyTensor) else None
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Nothing looks for cycles meanwhile: a manifest has none and up to a million objects, which took twice as long."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _open_file(path: str, limits: Limits) -> Checkpoint:

@@ -1,6 +1,7 @@
 """The functions that need torch, as users call them: here they can be named, and their help read, without it.
 
-Each asks for torch when it is called, and says what to install where it is missing.
+Each asks for torch when it is called, and says what to install where it is missing. With torch's million objects in memory one
+search for cycles takes as long as a third of our own modules, so there is none while they are imported.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from statedict.bridge import need_torch
+from statedict.collecting import uncollected
 from statedict.keys import Path
 from statedict.limits import Limits
 
@@ -61,7 +63,8 @@ def save(
     ``Unsupported`` for what the format has no form of, ``FileError`` where the system refuses.
     """
     need_torch("save needs", ", or write arrays with statedict.convert")
-    from statedict.torch.writing import save
+    with uncollected():
+        from statedict.torch.writing import save
 
     return save(
         obj,
@@ -105,7 +108,8 @@ def load(
     has none of, and for a device that isn't there.
     """
     need_torch("load gives tensors of", ", or use statedict.open, which doesn't need it")
-    from statedict.torch.reading import load
+    with uncollected():
+        from statedict.torch.reading import load
 
     return load(
         path,
@@ -165,7 +169,8 @@ def load_into(
     Raises ``KeyMismatch``, ``SpecMismatch``, ``RuleError``, and what ``open`` raises.
     """
     need_torch("load_into needs", "")
-    from statedict.torch.loading import load_into
+    with uncollected():
+        from statedict.torch.loading import load_into
 
     return load_into(
         target,

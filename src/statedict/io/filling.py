@@ -15,6 +15,9 @@ from statedict.io.workers import Workers
 
 __all__ = ["Job", "fill", "verify"]
 
+# Threads that read into a buffer of their own, only to sum it: what they take together stays bounded.
+_MOST_VERIFYING = 8
+
 
 class Job(NamedTuple):
     """A range of a file and the memory (of bytes) that it goes to; and the storages in it that are to be checked."""
@@ -28,11 +31,12 @@ class Job(NamedTuple):
 class _Chain:
     """The sum of a storage that several threads read in blocks: whoever has read the next block sums, and those behind it."""
 
-    def __init__(self, job: Job, block_nbytes: int) -> None:
+    def __init__(self, job: Job, block_nbytes: int, count: int) -> None:
         item = job.checked[0]
         self._bytes = job.memory[item.start : item.start + item.storage.nbytes]
         self._start = item.start
         self._block = block_nbytes
+        self._last = count - 1  # the number of the last block, which is longer or shorter
         self._sum = SumCheck(job.file, item)
         self._lock = Lock()
         self._read: set[int] = set()
@@ -52,9 +56,10 @@ class _Chain:
                     return
                 at = self._next
                 self._next += 1
-            first, last = max(0, at * self._block - self._start), max(0, (at + 1) * self._block - self._start)
+            first = max(0, at * self._block - self._start)
+            last = max(0, (at + 1) * self._block - self._start) if at < self._last else len(self._bytes)
             self._sum.update(self._bytes[first:last])
-            if last >= len(self._bytes) > first or not len(self._bytes):
+            if at == self._last:
                 self._sum.finish()
 
 
@@ -103,7 +108,7 @@ def verify(reader: StorageReader, items: Sequence[Checked], reading: Reading) ->
                 sums.update(buffer[:count])
             sums.finish()
 
-    Workers(min(reading.threads, max(1, len(ordered)))).run(work)
+    Workers(min(reading.threads, _MOST_VERIFYING, max(1, len(ordered)))).run(work)
 
 
 def _range(reader: StorageReader, item: Checked) -> tuple[File, int, int]:
@@ -127,10 +132,12 @@ class _Filling:
     def _cut(self, jobs: Sequence[Job]) -> Iterator[_Task]:
         size = self._reading.block_nbytes
         for job in jobs:
-            count = -(-len(job.memory) // size)
-            chain = _Chain(job, size) if count > 1 and job.checked else None
+            # A short rest is read with the block before it: past the page cache, a page takes as long as a hundred.
+            count = max(1, (len(job.memory) + size - size // 4) // size)
+            chain = _Chain(job, size, count) if count > 1 and job.checked else None
             for index in range(count):
-                yield _Task(job, index * size, min(size, len(job.memory) - index * size), chain, index)
+                end = len(job.memory) if index == count - 1 else (index + 1) * size
+                yield _Task(job, index * size, end - index * size, chain, index)
 
     def run(self) -> None:
         try:

@@ -54,8 +54,8 @@ def execute(
 
     ``check`` is given the finished file and the sums before the file takes its name; what it raises leaves nothing behind.
 
-    Raises what ``DurableFile`` does, and whatever a source raises, unchanged. Nothing is left behind then. Seven
-    buffers of 4 MiB are in use, whatever the size; the threads have ended when this returns or raises.
+    Raises what ``DurableFile`` does, and whatever a source raises, unchanged. Nothing is left behind then. Buffers
+    of 4 MiB are in use, two for each thread and one more, whatever the size; the threads have ended when this returns or raises.
     """
     writing = choose_writing(os.path.dirname(os.path.realpath(path)), plan.nbytes, engine, durable=durable)
     with DurableFile(path, overwrite=overwrite, nbytes=plan.nbytes, durable=durable) as file:

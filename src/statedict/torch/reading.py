@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from statedict.checkpoint import Checkpoint, uncollected
+from statedict.checkpoint import Checkpoint
 from statedict.checkpoint import open as open_checkpoint
+from statedict.collecting import uncollected
 from statedict.dtypes import DType
 from statedict.errors import CorruptFile, StateDictError, Unsupported, one_line
 from statedict.formats.records import MappingRecord
