@@ -47,6 +47,17 @@ def strides(value: Any) -> dict[object, object]:
     }
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_an_empty_view_does_not_part_those_that_overlap(suffix: str, tmp_path: Path) -> None:
+    whole = torch.arange(48.0)
+    path = tmp_path / f"a{suffix}"
+    statedict.save([whole, whole[8:8], whole[8:16]], path)
+    found = statedict.load(path)
+
+    assert found[0].untyped_storage().data_ptr() == found[2].untyped_storage().data_ptr()
+    assert (8, 0) == (found[2].storage_offset(), found[1].numel())
+
+
 @settings(max_examples=150)
 @given(saved_trees.trees())
 def test_torch_loads_what_was_saved(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:

@@ -122,14 +122,18 @@ def clusters(group: Sequence[TensorEntry]) -> list[Cluster]:
     if len(group) == 1:
         return [Cluster([group[0]], *_span(group[0]))]
     found: list[Cluster] = []
+    empty: list[Cluster] = []  # they overlap nothing, and part nothing that does
     for entry in sorted(group, key=_span):
         low, high = _span(entry)
-        if found and low < found[-1].high and low < high:
+        if low == high:
+            empty.append(Cluster([entry], low, high))
+        elif found and low < found[-1].high:
             members, first, last = found[-1]
             members.append(entry)
             found[-1] = Cluster(members, first, max(last, high))
         else:
             found.append(Cluster([entry], low, high))
+    found += empty
     # The first tensor of the file gets the first storage.
     order = {id(entry): at for at, entry in enumerate(group)}
     for cluster in found:
