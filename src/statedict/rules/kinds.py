@@ -1,4 +1,4 @@
-"""The kinds of rules: what each does to a key, and to the path behind it.
+"""The rules that only change names, or leave keys out: what each does to a key, and to the path behind it.
 
 Two methods say the same thing twice, and must: ``renamed`` of the dotted key, which is what people and reports see, and
 ``moved`` of the path, which decides the containers.
@@ -6,59 +6,18 @@ Two methods say the same thing twice, and must: ``renamed`` of the dotted key, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-from statedict.errors import KeyNotFound, RuleError, one_line
-from statedict.keys import Path, dotted, matches, near, parse_escaped
-from statedict.manifest import Node
-from statedict.nodes import find
+from statedict.errors import KeyNotFound
+from statedict.keys import Path, dotted, matches, parse_escaped
+from statedict.nodes import find, walk
+from statedict.rules.drafts import Draft
 from statedict.rules.regrowing import Moved, Tree, grown
+from statedict.rules.renaming import Renaming
+from statedict.rules.rule import NoMatch, Rule, Step, matches_nothing
 
-__all__ = ["AddPrefix", "AddWrapper", "Drop", "Keep", "Rule", "Select", "StripPrefix", "StripWrapper"]
-
-# Pairs of keys, or beginnings of keys, that an error lists.
-_LISTED = 8
-
-
-class Rule:
-    """One change of the keys of a checkpoint; it never changes itself. Its ``str`` is what one types to have it.
-
-    ``lossless`` says whether all tensors and objects are still there afterwards.
-    """
-
-    __slots__ = ("arguments",)
-
-    name: ClassVar[str] = ""
-    lossless: ClassVar[bool] = True
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __str__(self) -> str:
-        return f"{self.name}({', '.join(map(repr, self.arguments))})"
-
-    __repr__ = __str__
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Rule):
-            return NotImplemented
-        return (self.name, self.arguments) == (other.name, other.arguments)
-
-    def __hash__(self) -> int:
-        return hash((self.name, self.arguments))
-
-    def renamed(self, key: str) -> str | None:
-        """What becomes of a dotted key: its new name, itself if the rule doesn't concern it, None if it is left out."""
-        raise NotImplementedError
-
-    def inverse(self) -> Rule | None:
-        """The rule that undoes this one, where it concerned every key; None if there is none."""
-        return None
-
-    def applied(self, root: Node) -> Node:
-        """The tree with this rule applied; the old one stays as it is. Raises ``RuleError``."""
-        raise NotImplementedError
+__all__ = ["AddPrefix", "AddWrapper", "Drop", "Keep", "Select", "StripPrefix", "StripWrapper"]
 
 
 class Select(Rule):
@@ -66,6 +25,7 @@ class Select(Rule):
 
     __slots__ = ()
     name = "select"
+    fields = ("key",)
     lossless = False
 
     def renamed(self, key: str) -> str | None:
@@ -79,18 +39,26 @@ class Select(Rule):
             return ""
         return key[len(wanted) + 1 :] if key.startswith(f"{wanted}.") else None
 
-    def applied(self, root: Node) -> Node:
+    def applied(self, draft: Draft) -> Step:
         """The node of the part."""
         try:
-            return find(root, self.arguments[0])
+            root = find(draft.root, self.arguments[0])
         except KeyNotFound as error:
-            raise RuleError(f"{self} matches nothing", hint=error.hint) from None
+            raise NoMatch(f"{self} matches nothing", hint=error.hint) from None
+        left = frozenset([path for path, _ in walk(root)])
+        dropped = [key for path, _ in walk(draft.root) if self.renamed(key := dotted(path)) is None]
+        return Step(root, len(left), left, tuple(dropped), inverse=None if dropped else self._inverse())
+
+    def _inverse(self) -> tuple[Rule, ...]:
+        key = self.arguments[0]
+        return (AddPrefix(f"{key if isinstance(key, str) else dotted(key)}."),)
 
 
 class _Filter(Rule):
     """Only some keys are left, in the containers that they stood in."""
 
     __slots__ = ()
+    fields = ("glob",)
     lossless = False
 
     keeps: ClassVar[bool]  # what the glob matches, or what it doesn't
@@ -99,14 +67,18 @@ class _Filter(Rule):
         """The key, if it is left."""
         return key if matches(key, self.arguments[0]) == self.keeps else None
 
-    def applied(self, root: Node) -> Node:
+    def applied(self, draft: Draft) -> Step:
         """The tree with the keys that are left."""
-        tree = Tree(root)
+        tree = Tree(draft.root)
         names = [dotted(path) for path, _ in tree.leaves]
         left = [self.renamed(name) is not None for name in names]
-        if not any(is_left == self.keeps for is_left in left):
-            raise _matches_nothing(self, self.arguments[0], names)
-        return grown(tree, [Moved(path, path, leaf) for (path, leaf), is_left in zip(tree.leaves, left) if is_left])
+        matched = left.count(self.keeps)
+        if not matched:
+            raise matches_nothing(self, self.arguments[0], names)
+        moved = [Moved(path, path, leaf) for (path, leaf), is_left in zip(tree.leaves, left) if is_left]
+        dropped = tuple([name for name, is_left in zip(names, left) if not is_left])
+        touched = frozenset([leaf.new for leaf in moved]) if self.keeps else frozenset()
+        return Step(grown(tree, moved), matched, touched, dropped, inverse=None if dropped else ())
 
 
 class Drop(_Filter):
@@ -125,30 +97,12 @@ class Keep(_Filter):
     keeps = True
 
 
-class _Renaming(Rule):
-    """The rules that give keys other names and leave none out."""
-
-    __slots__ = ()
-
-    def moved(self, path: Path, tree: Tree) -> Path:
-        """The path that a leaf gets; its dotted form is what ``renamed`` says."""
-        raise NotImplementedError
-
-    def applied(self, root: Node) -> Node:
-        """The tree with the new names."""
-        tree = Tree(root)
-        leaves = [Moved(path, self.moved(path, tree), leaf) for path, leaf in tree.leaves]
-        if all(leaf.old == leaf.new for leaf in leaves):
-            raise _matches_nothing(self, str(self.arguments[-1]), [dotted(path) for path, _ in tree.leaves])
-        _refuse_collisions(self, leaves)
-        return grown(tree, leaves, lambda path: self.moved(path, tree))
-
-
-class StripPrefix(_Renaming):
+class StripPrefix(Renaming):
     """What begins with the prefix loses it."""
 
     __slots__ = ()
     name = "strip_prefix"
+    fields = ("prefix",)
 
     def renamed(self, key: str) -> str:
         """The key without the prefix."""
@@ -171,11 +125,12 @@ class StripPrefix(_Renaming):
         return (word[len(rest) :], *path[at + 1 :]) if rest else path[at:]
 
 
-class AddPrefix(_Renaming):
+class AddPrefix(Renaming):
     """Every key gets the prefix."""
 
     __slots__ = ()
     name = "add_prefix"
+    fields = ("prefix",)
 
     def renamed(self, key: str) -> str:
         """The key behind the prefix; a single value without a name is called as the prefix is."""
@@ -196,11 +151,12 @@ class AddPrefix(_Renaming):
         return (*prefix[:-1].split("."), *path)
 
 
-class StripWrapper(_Renaming):
+class StripWrapper(Renaming):
     """A component is taken out wherever it stands, but not where it is the last one, which names a tensor."""
 
     __slots__ = ()
     name = "strip_wrapper"
+    fields = ("word",)
 
     def renamed(self, key: str) -> str:
         """The key without the component."""
@@ -221,15 +177,21 @@ class StripWrapper(_Renaming):
         return tuple(out)
 
 
-class AddWrapper(_Renaming):
+class AddWrapper(Renaming):
     """A component is put behind the paths of modules."""
 
     __slots__ = ("_modules",)
     name = "add_wrapper"
+    fields = ("word", "modules")
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, is_optional: bool = False) -> None:
+        super().__init__(*arguments, is_optional=is_optional)
         self._modules = frozenset(arguments[1:])
+
+    def to_dict(self) -> dict[str, object]:
+        """With the modules as a list."""
+        made = super().to_dict()
+        return {**made, "modules": list(self.arguments[1:])}
 
     def renamed(self, key: str) -> str:
         """The key with the component in all its places."""
@@ -276,50 +238,3 @@ class AddWrapper(_Renaming):
 
 def _joined(here: str, word: str) -> str:
     return f"{here}.{word}" if here else word
-
-
-def _matches_nothing(rule: Rule, typed: str, names: Sequence[str]) -> RuleError:
-    """The error of a rule that concerns no key, with what may have been meant."""
-    length = typed.rstrip(".").count(".") + 1
-    if rule.name in ("keep", "drop"):
-        known, words = list(names), "There are"
-    else:
-        known, words = list(dict.fromkeys(_beginnings(names, length))), "Keys begin with"
-    guesses = near(typed, known)
-    if guesses:
-        hint = f"Did you mean {', '.join(one_line(repr(guess)) for guess in guesses)}"
-    else:
-        hint = (
-            f"{words} {', '.join(one_line(repr(name)) for name in known[:_LISTED])}" if known else "There are no keys"
-        )
-    return RuleError(f"{one_line(rule)} matches nothing", hint=hint)
-
-
-def _beginnings(names: Iterable[str], length: int) -> Iterator[str]:
-    """The first so many components of each key, with their dot; the key itself where it has fewer."""
-    for name in names:
-        words = name.split(".", length)
-        yield ".".join(words[:length]) + "." if len(words) > length else name
-
-
-def _refuse_collisions(rule: Rule, leaves: Sequence[Moved]) -> None:
-    """Raise ``RuleError`` if two keys would get one name, or a tensor that of a container with others in it.
-
-    Two that were alike before the rule may stay so: their paths differ.
-    """
-    names: dict[str, Moved] = {}
-    pairs: list[tuple[Moved, Moved]] = []
-    paths = {leaf.new: leaf for leaf in leaves}
-    for leaf in leaves:
-        other = names.setdefault(dotted(leaf.new), leaf)
-        if other is not leaf and (other.new == leaf.new or dotted(other.old) != dotted(leaf.old)):
-            pairs.append((other, leaf))
-        pairs += [(paths[leaf.new[:at]], leaf) for at in range(1, len(leaf.new)) if leaf.new[:at] in paths]
-    if pairs:
-        shown = [
-            f"'{one_line(dotted(a.old))}' and '{one_line(dotted(b.old))}' as '{one_line(dotted(a.new))}'"
-            for a, b in pairs[:_LISTED]
-        ]
-        more = f" and {len(pairs) - _LISTED} more" if len(pairs) > _LISTED else ""
-        hint = "Select the part that is meant, or drop the rest first"
-        raise RuleError(f"{one_line(rule)} gives two keys one name: {'; '.join(shown)}{more}", hint=hint)

@@ -13,12 +13,12 @@ from statedict.keys import Path, dotted
 from statedict.manifest import Container, Node, ObjectEntry
 from statedict.nodes import components
 
-__all__ = ["Moved", "Tree", "grown"]
+__all__ = ["INSIDE", "Moved", "Tree", "grown", "placed"]
 
 Move = Callable[[Path], Path]
 
 # Stands for whatever is inside a container or a module, so that these move as a key inside them would.
-_INSIDE = "\0"
+INSIDE = "\0"
 # Kinds whose keys are positions.
 _SEQUENCES = ("list", "tuple", "set", "frozenset")
 
@@ -124,7 +124,7 @@ def _homes(tree: Tree, leaves: Sequence[Moved], move: Move) -> dict[Path, Path]:
     """Which old container stands at each new path: the outermost, or the one that all that is left came from."""
     candidates: dict[Path, list[Path]] = {}
     for path in tree.containers:
-        candidates.setdefault(move((*path, _INSIDE))[:-1], []).append(path)
+        candidates.setdefault(move((*path, INSIDE))[:-1], []).append(path)
     shared = {path: found for path, found in candidates.items() if len(found) > 1}
     origins: dict[Path, set[Path]] = {}
     for leaf in leaves if shared else ():
@@ -148,10 +148,32 @@ def _moved_metadata(metadata: Mapping[object, object], old: Path, new: Path, mov
         if not isinstance(name, str):
             made[name] = facts
             continue
-        path = move((*old, f"{name}.{_INSIDE}" if name else _INSIDE))
+        path = move((*old, f"{name}.{INSIDE}" if name else INSIDE))
         if path[: len(new)] != new:
             continue
-        key = dotted(path[len(new) :]).removesuffix(_INSIDE).removesuffix(".")
+        key = dotted(path[len(new) :]).removesuffix(INSIDE).removesuffix(".")
         if len(name) >= lengths.get(key, 0):
             made[key], lengths[key] = facts, len(name)
     return made
+
+
+def placed(old: Path, key: str, tree: Tree) -> Path:
+    """Where a leaf that was at ``old`` goes to have that dotted key: in containers as those that it stood in.
+
+    Outer containers that the new key begins with stay; among flat keys the rest is one text, else each word is a component,
+    a number where one stood at that depth.
+    """
+    if dotted(old) == key:
+        return old
+    home: Path = ()
+    for at, part in enumerate(old[:-1]):
+        if home in tree.flat or not key.startswith(f"{part}."):
+            break
+        home, key = old[: at + 1], key[len(str(part)) + 1 :]
+    if home in tree.flat:
+        return (*home, key)
+    made: list[str | int] = list(home)
+    for word in key.split("."):
+        beside = old[len(made)] if len(made) < len(old) else None
+        made.append(int(word) if isinstance(beside, int) and word.isascii() and word.isdigit() else word)
+    return tuple(made)

@@ -22,6 +22,7 @@ from statedict.io.ranges import File, LocalFile, blocks
 from statedict.io.storages import StorageReader
 from statedict.io.sums import Checked, SumCheck, is_checkable
 from statedict.manifest import Storage, TensorEntry
+from statedict.recipes.derived import DerivedFile
 from statedict.torch.devices import Ring, Upload, as_bytes, backend_of
 
 __all__ = ["Options", "StorageSet", "load_storages", "untyped"]
@@ -172,10 +173,12 @@ class _Loading:
 
     def _map(self, numbers: Sequence[int]) -> set[int]:
         """Those of the storages that are views of the mapped file."""
+        # What is computed as it is read lies in no file.
+        stored = [n for n in numbers if not isinstance(self._reader.files[self._piece(n).file], DerivedFile)]
         usable = [
-            n for n in numbers if self._devices[n] == "cpu" and self._piece(n).offset % self._wanted[n].itemsize == 0
+            n for n in stored if self._devices[n] == "cpu" and self._piece(n).offset % self._wanted[n].itemsize == 0
         ]
-        if not usable or not self._wants_mapping(numbers):
+        if not usable or not self._wants_mapping(stored):
             return set()
         bases: dict[int, torch.UntypedStorage] = {}
         for number in usable:

@@ -1,0 +1,1 @@
+"""Tensors that are computed from others as they are read: cast, joined, folded, averaged."""
