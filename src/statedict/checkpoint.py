@@ -52,7 +52,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     @property
     def format(self) -> str:
-        """``torch-zip``, ``torch-legacy``, ``torch-tar``, ``torchscript``, ``safetensors``, ``npz``, ``npy`` or ``pickle``."""
+        """``torch-zip``, ``torch-legacy``, ``torch-tar``, ``torchscript``, ``pickle``, ``safetensors``, ``sharded``, ``npz``, ``npy``."""
         return self.manifest.format
 
     @property
@@ -169,9 +169,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
 def open(source: Any, *, at: str | Path | None = None, limits: Limits | None = None) -> Checkpoint:
     """A checkpoint, opened without being run: its header is read, its tensors are not.
 
-    ``source`` is a path (``PATH#KEY`` selects a part), a ``Checkpoint``, a mapping of tensors (of torch, numpy or lazy ones, flat
-    or nested), a module, or an open binary file object that can be positioned. Files are read by position, and stay open
-    until the checkpoint is closed; of tensors in memory nothing is copied.
+    ``source`` is a path (``PATH#KEY`` selects a part; a folder or an index stands for its shards), a ``Checkpoint``, a mapping of
+    tensors (of torch, numpy or lazy ones, flat or nested), a module, or an open binary file object that can be positioned. Files
+    are read by position, and stay open until the checkpoint is closed; of tensors in memory nothing is copied.
 
     Raises ``FileError`` (it can't be opened), ``UnknownFormat`` (it is no checkpoint, and what it is), ``CorruptFile``,
     ``Unsupported``, ``LimitExceeded`` and ``KeyNotFound`` (nothing under ``at``).
@@ -229,18 +229,36 @@ def _lazy(value: object) -> tuple[TensorEntry, tuple[File, ...]] | None:
 def _open_file(path: str, limits: Limits) -> Checkpoint:
     if "://" in path:
         raise Unsupported("addresses can't be opened yet", path=path, hint="Download the file first")
-    return _opened(LocalFile(path), limits)
+    if not os.path.isdir(path):
+        return _opened(LocalFile(path), limits)
+    from statedict.formats.folders import choose
+
+    choice = choose(path)
+    # Where it isn't clear what is meant, the folder is refused as a file, with the names of what could be.
+    made = _opened(LocalFile(path if choice is None else choice.path), limits, source=path)
+    if choice is not None and choice.notes:
+        made.manifest = made.manifest._replace(notes=(*choice.notes, *made.manifest.notes))
+    return made
 
 
-def _opened(file: File, limits: Limits) -> Checkpoint:
-    from statedict.formats import read_manifest
+def _opened(file: File, limits: Limits, source: str | None = None) -> Checkpoint:
+    from statedict.formats import is_index, read_manifest
 
+    files: list[File] = [file]
     try:
         with uncollected():
-            manifest = read_manifest([file], limits)
-        return Checkpoint(manifest, [file], source=file.path, limits=limits)
+            if isinstance(file, LocalFile) and is_index(file, limits):
+                from statedict.formats.sharded import read_index, read_sharded_manifest
+                from statedict.io.pools import open_files
+
+                index = read_index(file, limits)
+                files = [*open_files(index.paths), file]
+                manifest = read_sharded_manifest(index, files, limits)
+            else:
+                manifest = read_manifest([file], limits)
+        return Checkpoint(manifest, files, source=source or file.path, limits=limits)
     except BaseException as error:
-        file.close()
+        close_all(files)
         if isinstance(error, StateDictError):
             raise error.located(file.path) from error.__cause__
         raise

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from statedict.errors import FormatError, LimitExceeded, StateDictError, UnknownFormat
+from statedict.errors import FormatError, LimitExceeded, StateDictError, UnknownFormat, Unsupported
 from statedict.io.ranges import File
 from statedict.limits import DEFAULT_LIMITS, Limits
 from statedict.manifest import Finding, Manifest
 
-__all__ = ["read_manifest", "sniff"]
+__all__ = ["is_index", "read_manifest", "sniff"]
 
 _Reader = Callable[[Sequence[File], Limits], Manifest]
 
@@ -77,9 +77,26 @@ def sniff(file: File, limits: Limits = DEFAULT_LIMITS) -> str:
         return _tar(file)
     if _is_pickle(file, head, limits):
         return "pickle"
+    if is_index(file, limits):
+        raise Unsupported(
+            "this is the index of a checkpoint in several files, which lie beside it",
+            path=file.path,
+            hint="Open it by its own path, or that of its folder",
+        )
     from statedict.formats.foreign import HEAD_NBYTES, describe
 
     raise describe(file, file.read(0, min(HEAD_NBYTES, file.nbytes)))
+
+
+def is_index(file: File, limits: Limits = DEFAULT_LIMITS) -> bool:
+    """Whether the file is the index of a checkpoint in several files: a JSON text with a ``weight_map``.
+
+    Reads 512 bytes, and of a text that begins with a brace as much as a header may have.
+    """
+    head = file.read(0, min(_HEAD_NBYTES, file.nbytes))
+    if head.lstrip()[:1] != b"{" or _is_safetensors(file, head):
+        return False
+    return b'"weight_map"' in file.read(0, min(file.nbytes, limits.header_bytes))
 
 
 def _is_safetensors(file: File, head: bytes) -> bool:

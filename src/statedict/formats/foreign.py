@@ -214,13 +214,9 @@ def _is_markup(file: File, text: str) -> UnknownFormat:
 
 def _is_json(file: File, text: str) -> FormatError:
     if '"weight_map"' in text:
-        shard = re.search(r'"([^"\\]{1,300}\.(?:safetensors|bin|pt|pth))"', text)
-        hint = f"Open one of its shards, such as '{one_line(shard[1])}'" if shard else "Open one of its shards"
-        return Unsupported(
-            "this is the index of a checkpoint in several files; sharded folders can't be opened yet",
-            path=file.path,
-            hint=hint,
-        )
+        # Where it is short enough, it was opened.
+        hint = "Raise how much a header may have: --limit header_bytes=N, Limits(header_bytes=N)"
+        return _is(file, "the index of a checkpoint in several files, and longer than is allowed", hint)
     said = re.search(r'"(?:message|error|detail|title)"\s{0,9}:\s{0,9}"((?:[^"\\]|\\.){1,300})"', text, re.IGNORECASE)
     if said:
         return _is(file, f"a JSON text with a message{_quoted(said[1])}", _AGAIN)

@@ -16,7 +16,17 @@ from statedict.limits import DEFAULT_LIMITS, Limits
 from statedict.manifest import Finding, Manifest, Node, TensorEntry
 from statedict.nodes import every_tensor
 
-__all__ = ["Prepared", "Tree", "format_of", "prepare", "removed_nbytes", "write"]
+__all__ = [
+    "UNLIMITED",
+    "Prepared",
+    "Tree",
+    "compare_bytes",
+    "difference",
+    "format_of",
+    "prepare",
+    "removed_nbytes",
+    "write",
+]
 
 _SUFFIXES = {
     ".safetensors": "safetensors",
@@ -24,9 +34,10 @@ _SUFFIXES = {
     ".pt": "torch-zip",
     ".bin": "torch-zip",
     ".ckpt": "torch-zip",
+    ".npz": "npz",
 }
 # What a reader may need to see of a file that this program has just written itself: its size was never in doubt.
-_UNLIMITED = Limits(*[max(value, 1 << 62) for value in DEFAULT_LIMITS])
+UNLIMITED = Limits(*[max(value, 1 << 62) for value in DEFAULT_LIMITS])
 
 
 class Tree(NamedTuple):
@@ -38,11 +49,12 @@ class Tree(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A file that is planned to the last byte, and what is to be known about it."""
+    """What is planned to the last byte, one file or several, and what is to be known about it."""
 
     tree: Tree
-    plan: WritePlan
+    plan: WritePlan  # of several files, one after the other: for what is counted
     notes: tuple[Finding, ...]
+    files: tuple[tuple[str, WritePlan], ...] = ()  # the names and plans of several files, the index last
 
 
 def format_of(path: str) -> str:
@@ -76,9 +88,15 @@ def prepare(
             return Prepared(tree, zipped.plan(tree.source_of), tuple(zipped.notes))
         if keep_storages:
             raise Unsupported(
-                "a .safetensors file holds tensors and not the storages that they are views of",
+                "only a .pth holds the storages that tensors are views of",
                 hint="Leave --keep-storages out, or write a .pth",
             )
+        if (format or format_of(path)) == "npz":
+            from statedict.formats.npz_writer import NpzWriter
+
+            arrays = NpzWriter(tree.root, tree.metadata)
+            plan = arrays.plan(tree.source_of)
+            return Prepared(tree._replace(root=arrays.root), plan, tuple(arrays.notes))
         from statedict.formats.safetensors_writer import SafetensorsWriter
 
         writer = SafetensorsWriter(tree.root, tree.metadata, digests=digests)
@@ -128,18 +146,18 @@ def _compare(file: LocalFile, prepared: Prepared, sums: Mapping[str, Sum]) -> No
     """Read the file back: its header must describe the tree that was meant, its bytes have the digests that were computed."""
     from statedict.formats import read_manifest
 
-    found = read_manifest([file], _UNLIMITED).structure
-    difference = _difference(prepared.tree.root, found)
-    if difference:
+    found = read_manifest([file], UNLIMITED).structure
+    wrong = difference(prepared.tree.root, found)
+    if wrong:
         raise CorruptFile(
-            f"the file that was written isn't what was meant: {difference}",
+            f"the file that was written isn't what was meant: {wrong}",
             path=file.path,
             hint="Nothing was changed. Please report it",
         )
-    _compare_bytes(file, prepared.plan, sums)
+    compare_bytes(file, prepared.plan, sums)
 
 
-def _difference(meant: Node, found: Node) -> str:
+def difference(meant: Node, found: Node) -> str:
     """What differs between the tree that was meant and the one that a reader sees; empty if nothing does."""
     from statedict.formats.typed_json import encode
 
@@ -181,24 +199,35 @@ def _tie(entry: TensorEntry, seen: dict[object, int], at: int) -> int:
     return seen.setdefault((entry.view.storage.id, *identity(entry)), at)
 
 
-def _compare_bytes(file: File, plan: WritePlan, sums: Mapping[str, Sum]) -> None:
-    """Every payload that has a digest, once more. Without digests there is nothing to compare with."""
-    from xxhash import xxh3_128
-
+def compare_bytes(file: File, plan: WritePlan, sums: Mapping[str, Sum]) -> None:
+    """Every payload that has a digest, once more, and by its CRC where the format has no digests; without either, nothing is read."""
     buffer = memoryview(bytearray(4 * 1024 * 1024))
     offset = 0
     for segment in plan.segments:
-        if isinstance(segment, Payload) and segment.digest:
-            digest = xxh3_128()
-            for start, count in blocks(offset, segment.nbytes, len(buffer)):
-                file.read_into(start, buffer[:count])
-                digest.update(buffer[:count])
-            if f"xxh3-128:{digest.hexdigest()}" != sums[segment.key].digest:
-                raise CorruptFile(
-                    "the disk gives back other bytes than were written",
-                    path=file.path,
-                    key=segment.key,
-                    offset=offset,
-                    hint="Nothing was changed. The disk or the memory is failing: write elsewhere",
-                )
+        summed = segment if isinstance(segment, Payload) and (segment.digest or plan.format == "npz") else None
+        if summed is not None and not _is_as_written(file, offset, summed, sums, buffer):
+            raise CorruptFile(
+                "the disk gives back other bytes than were written",
+                path=file.path,
+                key=summed.key,
+                offset=offset,
+                hint="Nothing was changed. The disk or the memory is failing: write elsewhere",
+            )
         offset += segment.nbytes
+
+
+def _is_as_written(file: File, offset: int, payload: Payload, sums: Mapping[str, Sum], buffer: memoryview) -> bool:
+    """Whether the bytes of a payload that lie there have its digest, or its CRC where it has none."""
+    from xxhash import xxh3_128
+
+    from statedict.io.crc import crc32
+
+    written = sums[payload.key]
+    digest, crc = xxh3_128() if payload.digest else None, 0
+    for start, count in blocks(offset, payload.nbytes, len(buffer)):
+        file.read_into(start, buffer[:count])
+        if digest is not None:
+            digest.update(buffer[:count])
+        else:
+            crc = crc32(buffer[:count], crc)
+    return crc == written.crc if digest is None else f"xxh3-128:{digest.hexdigest()}" == written.digest
