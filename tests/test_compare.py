@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 
 import statedict
 from statedict.ops.compare import compare
-from statedict.ops.comparison import Change, Comparison
+from statedict.ops.comparing.changes import Change
+from statedict.ops.comparing.comparison import Comparison
 
 Array = np.ndarray[Any, Any]
 
@@ -308,7 +309,7 @@ def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"{self.path} is read at {offset}")
 
     monkeypatch.setattr(LocalFile, "read_into", refused)
-    monkeypatch.setattr("statedict.numerics.differences.are_same_bytes", None)
+    monkeypatch.setattr("statedict.ops.comparing.walks.are_same_bytes", None)
 
 
 def test_equal_digests_are_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,7 +556,8 @@ def test_the_result_as_data_and_as_text() -> None:
     found = compare(a, b)
     made = json.loads(json.dumps(found.to_dict()))
 
-    assert {"schema", "equal", "counts", "only_in_a", "only_in_b", "changed", "renamed"} == set(made)
+    names = {"schema", "equal", "summary", "counts", "only_in_a", "only_in_b", "changed", "renamed", "findings"}
+    assert names == set(made)
     assert ("statedict.comparison/1", False, []) == (made["schema"], made["equal"], made["renamed"])
     assert {
         "key": "head.w",
@@ -566,10 +568,15 @@ def test_the_result_as_data_and_as_text() -> None:
         "mismatched": 2,
         "numel": 2,
         "max_abs": 1.0,
+        "mean": 1.0,
         "first": [0],
     } == made["changed"][0]
     assert {"key": "lr", "kind": "object", "verdict": "changed", "a": "0.1", "b": "0.01"} == made["changed"][2]
-    assert "2 of 8 tensors changed, all in head.*; 1 other value changed; the rest the same." in str(found)
+    assert (
+        "Same network; 2 of 8 tensors changed, all in head.*; 1 other value changed; the rest byte-identical."
+        == found.summary
+    )
+    assert found.summary in " ".join(str(found).split())
     assert all("head.w" in text for text in (str(found), found.to_markdown(), found.to_html(), found._repr_html_()))
 
 
@@ -646,7 +653,8 @@ def test_pairs_of_float4_are_compared_by_their_halves() -> None:
 @pytest.mark.parametrize(("name", "bits"), [("float4_e2m1fn", 4), ("float6_e2m3fn", 6), ("float6_e3m2fn", 6)])
 def test_numbers_smaller_than_a_byte(name: str, bits: int) -> None:
     from statedict.dtypes import BY_TORCH
-    from statedict.numerics.differences import Difference, Rule
+    from statedict.numerics.differences import Difference
+    from statedict.numerics.tolerances import Rule
 
     codes = np.arange(2**bits, dtype=np.uint8)
     values = codes.view(getattr(ml_dtypes, name)).astype(np.float64)

@@ -10,9 +10,11 @@ import numpy as np
 
 from statedict.dtypes import DType
 from statedict.numerics.arrays import Array, numpy_dtype
+from statedict.numerics.spacing import has_steps, steps
 from statedict.numerics.tallies import FOUR_BITS, by_byte, quiet
+from statedict.numerics.tolerances import Rule
 
-__all__ = ["Affine", "Difference", "Rule", "address", "are_same_bytes", "is_comparable"]
+__all__ = ["Affine", "Difference", "address", "is_comparable"]
 
 # Elements that are compared together: 64 KiB of them in float64. An array from 128 KiB on is mapped anew by glibc each time, and every
 # page of it costs a fault: 1 GiB of float32, all changed, took 1.0 s of one core so, and 8 s and more with 16 Ki or 32 Ki.
@@ -24,19 +26,6 @@ _UNCAST = frozenset({"C32", "F4", "F6_E2M3", "F6_E3M2"})
 _EXACT = 2**53
 # Mantissa bits and bias of the floats of six bits (OCP Microscaling Formats 1.0, 5.3.2); they have no infinity and no NaN.
 _SIX_BITS = {"F6_E2M3": (3, 1), "F6_E3M2": (2, 3)}
-
-
-class Rule(NamedTuple):
-    """When two numbers are equal: ``|a - b| <= atol + rtol * |b|`` for finite ones, as ``torch.allclose`` has it."""
-
-    rtol: float = 0.0
-    atol: float = 0.0
-    equal_nan: bool = True
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether there is no tolerance."""
-        return not (self.rtol or self.atol)
 
 
 class Affine(NamedTuple):
@@ -52,13 +41,6 @@ def address(data: bytes | memoryview) -> int:
     return found
 
 
-def are_same_bytes(a: memoryview, b: memoryview) -> bool:
-    """Whether the bytes of two blocks of one length are equal."""
-    even = len(a) & ~7
-    long = np.array_equal(np.frombuffer(a[:even], np.uint64), np.frombuffer(b[:even], np.uint64))
-    return long and bytes(a[even:]) == bytes(b[even:])
-
-
 def is_comparable(a: DType, b: DType) -> bool:
     """Whether elements of the two can be compared by number. A pair of float4 has no like among single numbers."""
     return (a.code == "F4_X2") == (b.code == "F4_X2")
@@ -69,8 +51,8 @@ class Difference:
 
     ``numel`` elements were compared; ``different`` aren't equal and ``mismatched`` aren't within the tolerance either.
     ``max_abs`` is the largest ``|a - b|`` (an exact ``int`` of integers; NaN where only NaN stands against numbers), ``max_rel`` the
-    largest ``|a - b| / |b|`` where ``b`` isn't 0. ``recast`` elements aren't even equal once the wider dtype is cast to the
-    narrower. A complex number and a pair of float4 are one element.
+    largest ``|a - b| / |b|`` where ``b`` isn't 0, ``mean`` that of all ``|a - b|``, NaN counted as 0. ``recast`` elements aren't even
+    equal once the wider dtype is cast to the narrower. A complex number and a pair of float4 are one element.
     """
 
     __slots__ = (
@@ -81,6 +63,7 @@ class Difference:
         "_ends",
         "_is_whole",
         "_rule",
+        "_total",
         "different",
         "max_abs",
         "max_rel",
@@ -93,6 +76,7 @@ class Difference:
         self._a, self._b, self._rule, self._affine = a, b, rule, affine
         self._is_whole = affine is None and a.kind in _WHOLE and b.kind in _WHOLE
         self._dots = [0.0, 0.0, 0.0]  # of a with a, b with b, a with b
+        self._total = 0.0  # of all |a - b|
         self._ends: list[int | None] = [None, None]  # the first difference and the first mismatch
         self.numel = self.different = self.mismatched = self.recast = 0
         self.max_abs: int | float = 0 if self._is_whole else 0.0
@@ -111,6 +95,11 @@ class Difference:
             return None
         return min(1.0, max(-1.0, ab / sqrt(aa) / sqrt(bb)))
 
+    @property
+    def mean(self) -> float | None:
+        """The mean of all ``|a - b|``; of single numbers for pairs of float4. None where there are no elements."""
+        return self._total / (self.numel * (2 if self._a.code == "F4_X2" else 1)) if self.numel else None
+
     def add(self, a: memoryview, b: memoryview, count: int) -> None:
         """Take in that many elements of both, packed and little-endian."""
         with quiet(), np.errstate(divide="ignore"):
@@ -128,6 +117,7 @@ class Difference:
         if other.max_rel is not None:
             self.max_rel = max(self.max_rel or 0.0, other.max_rel)
         self._dots = [mine + theirs for mine, theirs in zip(self._dots, other._dots)]
+        self._total += other._total
         self.numel += other.numel
         self.different += other.different
         self.mismatched += other.mismatched
@@ -136,12 +126,13 @@ class Difference:
     def repeated(self, times: int) -> None:
         """Count everything that often: the tensors repeat what was compared."""
         self.numel *= times
+        self._total *= times
         self.different *= times
         self.mismatched *= times
         self.recast *= times
 
     def _add(self, a: memoryview, b: memoryview, count: int) -> None:
-        is_same = self._a is self._b and self._rule.equal_nan and self._affine is None and are_same_bytes(a, b)
+        is_same = self._a is self._b and self._rule.equal_nan and self._affine is None and bytearray(a) == b
         if not self._is_whole:
             self._floats(a, b, count, is_same)
         elif not is_same:
@@ -153,10 +144,12 @@ class Difference:
         right = left if is_same else _numbers(b, self._b, count, of_b)
         left, right = _paired(left, right), _paired(right, left)
         flat = left.reshape(-1), right.reshape(-1)
+        if is_same:
+            once = float(np.dot(flat[0], flat[0]))
+            self._dots = [before + once for before in self._dots]
+            return
         for at, (one, two) in enumerate((flat[:1] * 2, flat[1:] * 2, flat)):
             self._dots[at] += float(np.dot(one, two))
-        if is_same:
-            return
         apart, unequal = np.abs(left - right), left != right
         if self._a.bits == 64 and self._b.kind == "float" and self._a.kind in ("int", "uint"):
             _correct(_whole(a, self._a, count), right, apart, unequal)
@@ -169,10 +162,17 @@ class Difference:
             apart, size, unequal = np.hypot(*apart.T), np.hypot(*size.T), unequal.any(axis=1)
         if self._rule.equal_nan and has_nan:
             unequal &= ~(_are_nan(left) & _are_nan(right))
-        self._take(unequal, apart, size)
+        self._take(unequal, apart, size, self._near(a, b, apart))
         if self._a is not self._b and unequal.any():
             unequal[unequal] = ~self._is_cast(a, b, count)[unequal]
             self.recast += int(np.count_nonzero(unequal))
+
+    def _near(self, a: memoryview, b: memoryview, apart: Array) -> Array | None:
+        """Which finite numbers are as near as the rule's ``ulp`` allows; None where it allows nothing."""
+        if not self._rule.ulp or self._a is not self._b or self._affine is not None or not has_steps(self._a):
+            return None
+        near: Array = (steps(a, b, self._a) <= self._rule.ulp) & np.isfinite(apart)
+        return near
 
     def _is_cast(self, a: memoryview, b: memoryview, count: int) -> Array:
         """Which elements of the narrower dtype are those of the wider one, cast; of two dtypes as wide, those of ``b``."""
@@ -206,14 +206,16 @@ class Difference:
                 apart = np.abs(plain.astype(np.float64) - signed.astype(np.float64))
         self._take(unequal, apart, np.abs(right.astype(np.float64)))
 
-    def _take(self, unequal: Array, apart: Array, size: Array) -> None:
-        """Take in which numbers aren't equal, how far apart they are, and how large those of ``b`` are."""
+    def _take(self, unequal: Array, apart: Array, size: Array, near: Array | None = None) -> None:
+        """Take in which numbers aren't equal, how far apart they are, how large those of ``b`` are, and which are near all the same."""
         if not unequal.any():
             return
         beyond = unequal
         if not self._rule.is_exact:
             allowed = self._rule.atol + self._rule.rtol * size
             beyond = np.where(np.isfinite(apart) & (apart <= allowed), False, unequal)
+            if near is not None:
+                beyond &= ~near
         if self._is_whole or isfinite(apart.max()):
             self._widen(apart, size)  # all else is 0 apart
         else:
@@ -229,6 +231,7 @@ class Difference:
     def _widen(self, far: Array, size: Array) -> None:
         """Take in distances, with those of numbers that are equal only where they are 0."""
         known = far if self._is_whole else far[~np.isnan(far)]
+        self._total += float(known.sum(dtype=np.float64))
         if known.dtype.kind == "u":
             self.max_abs = max(self.max_abs, int(known.max()))
         elif self._is_whole:

@@ -6,36 +6,32 @@ cache, so memory stays bounded; elements that lie scattered are gathered in the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from math import isfinite, prod
+from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import TYPE_CHECKING, NamedTuple
 
 from statedict.checkpoint import Checkpoint
-from statedict.io.plans import MemorySource
-from statedict.manifest import StorageView, TensorEntry
-from statedict.ops.sources import source_of
-from statedict.views import is_dense, is_packed
+from statedict.lazy_tensor import LazyTensor
+from statedict.manifest import TensorEntry
+from statedict.numerics.tolerances import Tolerances
+from statedict.ops.comparing.permutations import has_same_bytes, may_be_equal, transposition
+from statedict.ops.comparing.walks import Room, Side, Walk
+from statedict.views import packed_stride
 
 if TYPE_CHECKING:
-    from statedict.numerics.differences import Affine, Difference, Rule
+    from statedict.numerics.differences import Affine, Difference
 
-__all__ = ["Outcome", "Side", "TensorPair", "described"]
+__all__ = ["TRANSPOSED", "WITHIN", "Outcome", "TensorPair", "described"]
 
-# Bytes of one side that are looked at together: both sides and what is computed of them fit a second-level cache of 1 MiB.
-_BLOCK_NBYTES = 256 * 1024
+# The verdicts of numbers that differ by less than was allowed, and of dimensions that changed places.
+WITHIN = "within tolerance"
+TRANSPOSED = "equal after transpose"
 # Zero points are numbers of the stored type, of 32 bits at most.
 _ZERO_POINTS = range(-(2**31), 2**31)
 # A fact of a sparse tensor's representation that says nothing about its values.
 _NO_VALUE = "is_coalesced"
 
 IsEqual = Callable[[object, object], bool]
-
-
-class Side(NamedTuple):
-    """One of the two tensors, and the checkpoint that it is read from."""
-
-    entry: TensorEntry
-    checkpoint: Checkpoint
 
 
 class Outcome(NamedTuple):
@@ -45,6 +41,8 @@ class Outcome(NamedTuple):
     verdict: str
     difference: Difference | None = None  # the numbers, where they were compared
     first: tuple[int, ...] | None = None  # the index of the first mismatch that was met
+    order: tuple[int, ...] | None = None  # the order of a's dimensions in which it is b
+    unread: bool = False  # equal by the digests that both files record, or by showing the same memory
 
 
 def described(entry: TensorEntry) -> str:
@@ -56,21 +54,69 @@ def described(entry: TensorEntry) -> str:
 class TensorPair:
     """Two tensors to compare. ``is_equal`` compares the facts that belong to quantised tensors and their like."""
 
-    def __init__(self, a: Side, b: Side, rule: Rule, is_equal: IsEqual) -> None:
-        self._a, self._b, self._rule, self._is_equal = a, b, rule, is_equal
+    def __init__(self, a: Side, b: Side, tolerances: Tolerances, is_equal: IsEqual, room: Room | None = None) -> None:
+        self._a, self._b, self._is_equal = a, b, is_equal
+        self._tolerances, self._room = tolerances, Room() if room is None else room
+        self._rule = tolerances.rule(a.entry.dtype, b.entry.dtype)
 
-    def outcome(self) -> Outcome:
-        """What differs. Raises what reading raises."""
+    def outcome(self, *, has_same_bytes: bool | None = None) -> Outcome:
+        """What differs. ``has_same_bytes`` is the answer where ``is_told_by_bytes``, if it is known already.
+
+        Raises what reading raises.
+        """
         a, b = self._a.entry, self._b.entry
         if a.shape != b.shape:
-            return Outcome("shape", "another shape" if a.dtype is b.dtype else "another shape and dtype")
+            return self._reshaped(a, b)
         if a.layout != b.layout:
             return Outcome("dtype", "another layout")
         if not (_has_values(a) and _has_values(b)):
             return self._without_values(a, b)
         if a.dtype is not b.dtype:
             return self._recast(a, b)
-        return self._values(a, b) if a.view is not None and b.view is not None else self._parts(a, b)
+        if a.view is None or b.view is None:
+            return self._parts(a, b)
+        return self._values(a, b, has_same_bytes)
+
+    @property
+    def is_told_by_bytes(self) -> bool:
+        """Whether all else is the same, so that both have to be read to see whether their bytes are."""
+        a, b = self._a.entry, self._b.entry
+        if a.shape != b.shape or a.layout != b.layout or a.dtype is not b.dtype or a.view is None or b.view is None:
+            return False
+        return bool(a.numel) and self._is_same_if_bytes_are(a) and not self._is_known(a, b)
+
+    def _reshaped(self, a: TensorEntry, b: TensorEntry) -> Outcome:
+        """What two tensors of different shapes have in common."""
+        if a.dtype is not b.dtype:
+            return Outcome("shape", "another shape and dtype")
+        if a.view is None or b.view is None or not a.numel or not b.numel:
+            return Outcome("shape", "another shape")
+        order = transposition(self._a, self._b)
+        if order is not None:
+            return Outcome("shape", TRANSPOSED, order=order)
+        if a.numel == b.numel and self._has_same_order(b):
+            return Outcome("shape", "equal after reshape")
+        rows = self._common_rows(a, b)
+        return Outcome("shape", f"the first {rows:,} rows are equal" if rows else "another shape")
+
+    def _has_same_order(self, b: TensorEntry) -> bool:
+        """Whether the values are the same in reading order, where ``a`` can be seen in ``b``'s shape."""
+        entry = self._a.entry
+        if entry.dtype.bits % 8 or not LazyTensor(entry, self._a.checkpoint).is_plain or entry.view is None:
+            return False
+        view = entry.view._replace(stride=packed_stride(b.shape))
+        seen = self._a._replace(entry=entry._replace(shape=b.shape, view=view, digest=None, memory_stride=None))
+        return may_be_equal(seen, self._b) and has_same_bytes(seen, self._b)
+
+    def _common_rows(self, a: TensorEntry, b: TensorEntry) -> int:
+        """How many rows both have, if those are equal and one has more; 0 for all else."""
+        if a.shape[1:] != b.shape[1:] or len(a.shape) != len(b.shape) or len(a.shape) < 2 or a.dtype.bits % 8:
+            return 0
+        rows = min(a.shape[0], b.shape[0])
+        one, two = (
+            side._replace(entry=LazyTensor(side.entry, side.checkpoint)[:rows].entry) for side in (self._a, self._b)
+        )
+        return rows if may_be_equal(one, two) and has_same_bytes(one, two) else 0
 
     def _without_values(self, a: TensorEntry, b: TensorEntry) -> Outcome:
         if a.dtype is not b.dtype:
@@ -88,37 +134,41 @@ class TensorPair:
         if not (found.difference and found.difference.recast):
             return found._replace(kind="dtype", verdict="equal after cast")
         is_near = not self._rule.is_exact and not found.difference.mismatched
-        return found._replace(kind="dtype", verdict="within tolerance" if is_near else "differs")
+        return found._replace(kind="dtype", verdict=WITHIN if is_near else "differs")
 
-    def _values(self, a: TensorEntry, b: TensorEntry) -> Outcome:
-        # A NaN that isn't itself makes a tensor differ from its own bytes.
-        if self._rule.equal_nan or a.dtype.kind not in ("float", "complex"):
+    def _values(self, a: TensorEntry, b: TensorEntry, is_same: bool | None) -> Outcome:
+        if self._is_same_if_bytes_are(a):
             if not a.numel or _are_one(a, b, self._a.checkpoint, self._b.checkpoint):
-                return Outcome("", "identical")
+                return Outcome("", "identical", unread=True)
             if a.digest is not None and a.digest == b.digest:
+                return Outcome("", "identical", unread=True)
+            if is_same is None:
+                is_same = not self._is_known(a, b) and has_same_bytes(self._a, self._b)
+            if is_same:
                 return Outcome("", "identical")
-            if self._is_known_to_differ(a, b):
-                return self._numbers()
-            if self._has_same_bytes():
-                return Outcome("", "identical")
-        return self._numbers()
+        found = self._numbers()
+        if found.kind == "value" and found.verdict != WITHIN:
+            order = transposition(self._a, self._b)
+            return found if order is None else found._replace(verdict=TRANSPOSED, order=order)
+        return found
 
-    def _is_known_to_differ(self, a: TensorEntry, b: TensorEntry) -> bool:
+    def _is_same_if_bytes_are(self, a: TensorEntry) -> bool:
+        """Whether equal bytes are equal values: a NaN that isn't itself makes a tensor differ from its own bytes."""
+        return self._rule.equal_nan or a.dtype.kind not in ("float", "complex")
+
+    def _is_known(self, a: TensorEntry, b: TensorEntry) -> bool:
+        """Whether it is sure without reading that the bytes are the same, or that they are not."""
         scheme = [digest.partition(":")[0] for digest in (a.digest, b.digest) if digest is not None]
-        return len(scheme) == 2 and scheme[0] == scheme[1]
-
-    def _has_same_bytes(self) -> bool:
-        from statedict.numerics.differences import are_same_bytes
-
-        walk = _Walk(self._a, self._b)
-        return all(are_same_bytes(one, two) for one, two, _ in walk.blocks())
+        if len(scheme) == 2 and scheme[0] == scheme[1]:
+            return True
+        return _are_one(a, b, self._a.checkpoint, self._b.checkpoint)
 
     def _numbers(self, affine: tuple[Affine, Affine] | None = None) -> Outcome:
         from statedict.numerics.differences import Difference
 
-        walk = _Walk(self._a, self._b)
+        walk = Walk(self._a, self._b)
         found = Difference(self._a.entry.dtype, self._b.entry.dtype, self._rule, affine)
-        for one, two, count in walk.blocks():
+        for one, two, count in walk.blocks(room=self._room):
             found.add(one, two, count)
         found.repeated(walk.repeats)
         first = None if found.first is None else walk.index(found.first)
@@ -136,7 +186,7 @@ class TensorPair:
         total: Difference | None = None
         unread, verdicts = False, []
         for name in a.parts:
-            pair = TensorPair(self._side(self._a, name), self._side(self._b, name), self._rule, self._is_equal)
+            pair = TensorPair(self._side(self._a, name), self._side(self._b, name), self._tolerances, self._is_equal)
             found = pair.outcome()
             verdicts.append(found.verdict)
             unread = unread or bool(found.kind and found.difference is None)
@@ -155,7 +205,7 @@ class TensorPair:
     def _quantized(self, a: TensorEntry, b: TensorEntry, affine: tuple[Affine, Affine]) -> Outcome:
         """Two tensors that are each quantised as a whole, by the numbers that they stand for."""
         one, two = self._side(self._a, "int_repr"), self._side(self._b, "int_repr")
-        pair = TensorPair(one, two, self._rule, self._is_equal)
+        pair = TensorPair(one, two, self._tolerances, self._is_equal)
         is_same = self._has_same_facts(a, b)
         if is_same:
             found = pair.outcome()
@@ -177,7 +227,7 @@ class TensorPair:
 def _judged(found: Difference, first: tuple[int, ...] | None) -> Outcome:
     if not found.different:
         return Outcome("", "equal", found)
-    return Outcome("value", "changed" if found.mismatched else "within tolerance", found, first)
+    return Outcome("value", "changed" if found.mismatched else WITHIN, found, first)
 
 
 def _has_values(entry: TensorEntry) -> bool:
@@ -219,77 +269,3 @@ def _are_one(a: TensorEntry, b: TensorEntry, of_a: Checkpoint, of_b: Checkpoint)
     if here is None or there is None or here[1:] != there[1:]:
         return False
     return of_a.reader.files[here.file] is of_b.reader.files[there.file]
-
-
-class _Walk:
-    """Both tensors in blocks of as many elements.
-
-    Dimensions that both only repeat (a stride of 0) are taken once. Where both are dense in the same order, they are read
-    in that order, as their storages have them.
-    """
-
-    def __init__(self, a: Side, b: Side) -> None:
-        self._shape = a.entry.shape
-        one, two = _steps(a.entry), _steps(b.entry)
-        repeated = [size > 1 and s == 0 == t for size, s, t in zip(self._shape, one, two)]
-        self.repeats = prod([size for size, only in zip(self._shape, repeated) if only])
-        shape = tuple([1 if only else size for size, only in zip(self._shape, repeated)])
-        self._order = shape
-        self._steps: tuple[int, ...] | None = None  # of the order in which they are read, if it isn't the usual one
-        if one == two and not is_packed(shape, one) and is_dense(shape, one):
-            self._steps, shape = one, (prod(shape),)
-        self._a, self._b = self._flattened(a, shape), self._flattened(b, shape)
-
-    def _flattened(self, side: Side, shape: tuple[int, ...]) -> Side:
-        entry = side.entry
-        if shape == entry.shape or entry.view is None:
-            return side
-        stride = entry.view.stride if self._steps is None else (1,)
-        return side._replace(entry=entry._replace(shape=shape, view=entry.view._replace(stride=stride)))
-
-    def blocks(self) -> Iterator[tuple[memoryview, memoryview, int]]:
-        """The elements as packed little-endian bytes of both, each valid until the next, and their number."""
-        numel = self._a.entry.numel
-        if not numel:
-            return
-        bits = max(self._a.entry.dtype.bits, self._b.entry.dtype.bits)
-        # Whole bytes of any dtype: elements of 2, 4 and 6 bits fill them in groups of 4 at most.
-        most = _BLOCK_NBYTES * 8 // bits & ~15
-        a, b = _Reading(self._a, min(most, numel)), _Reading(self._b, min(most, numel))
-        for first in range(0, numel, most):
-            count = min(most, numel - first)
-            yield a.read(first, count), b.read(first, count), count
-
-    def index(self, position: int) -> tuple[int, ...]:
-        """The index of the element that is read at that position."""
-        if self._steps is not None:
-            return tuple([position // max(step, 1) % size for step, size in zip(self._steps, self._order)])
-        found = []
-        for size in reversed(self._order):
-            position, at = divmod(position, size)
-            found.append(at)
-        return tuple(reversed(found))
-
-
-def _steps(entry: TensorEntry) -> tuple[int, ...]:
-    view: StorageView | None = entry.view
-    return () if view is None else view.stride
-
-
-class _Reading:
-    """The packed bytes of one tensor, from the first to the last."""
-
-    def __init__(self, side: Side, most: int) -> None:
-        self._dtype = side.entry.dtype
-        self._source = source_of(side.entry, side.checkpoint)
-        self._data = self._source.data if isinstance(self._source, MemorySource) else None
-        self._buffer = memoryview(b"" if self._data is not None else bytearray(self._dtype.nbytes(most)))
-
-    def read(self, first: int, count: int) -> memoryview:
-        """That many elements; ``first`` is a multiple of 16."""
-        start, nbytes = first * self._dtype.bits // 8, self._dtype.nbytes(count)
-        if self._data is not None:
-            return self._data[start : start + nbytes]
-        buffer = self._buffer[:nbytes]
-        self._source.read_into(start, buffer)
-        return buffer
