@@ -83,7 +83,10 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "said"),
     [
         (["inspct", "x"], "there is no verb 'inspct'. Did you mean statedict inspect?"),
-        (["\x1b[2J"], "there is no verb '\\x1b[2J'. There is: inspect, convert. See statedict --help"),
+        (
+            ["\x1b[2J"],
+            "there is no verb '\\x1b[2J'. There is: inspect, compare, convert, average. See statedict --help",
+        ),
         (["--format", "json"], "the verb comes first, then --format. See statedict --help"),
         (["inspect"], "the following arguments are required: SOURCE. See statedict inspect --help"),
         (

@@ -46,17 +46,20 @@ if TYPE_CHECKING:
     from statedict.io.engine import Engine
     from statedict.lazy_tensor import LazyTensor
     from statedict.limits import Limits
+    from statedict.ops.average import Averaging, average
     from statedict.ops.chapter import compare_state_dicts, inspect_state_dict
     from statedict.ops.compare import compare
-    from statedict.ops.comparison import Comparison
+    from statedict.ops.comparing.comparison import Comparison
     from statedict.ops.convert import Conversion, convert
     from statedict.ops.inspect import Inspection, inspect
     from statedict.ops.load_report import LoadReport
+    from statedict.ops.remapping import remap
     from statedict.ops.transfers import ReadReport, SaveReport
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Averaging",
     "Checkpoint",
     "Comparison",
     "Conversion",
@@ -86,6 +89,7 @@ __all__ = [
     "UnsafeContent",
     "Unsupported",
     "__version__",
+    "average",
     "compare",
     "compare_state_dicts",
     "convert",
@@ -97,6 +101,7 @@ __all__ = [
     "load_model_safely",
     "load_training_state",
     "open",
+    "remap",
     "rules",
     "save",
     "save_training_state",
@@ -104,8 +109,9 @@ __all__ = [
 
 # Where each name that is no error lives. The names of errors are all in one module.
 _HOMES = {
+    "Averaging": "statedict.ops.average",
     "Checkpoint": "statedict.checkpoint",
-    "Comparison": "statedict.ops.comparison",
+    "Comparison": "statedict.ops.comparing.comparison",
     "Conversion": "statedict.ops.convert",
     "Engine": "statedict.io.engine",
     "Inspection": "statedict.ops.inspect",
@@ -114,6 +120,7 @@ _HOMES = {
     "LoadReport": "statedict.ops.load_report",
     "ReadReport": "statedict.ops.transfers",
     "SaveReport": "statedict.ops.transfers",
+    "average": "statedict.ops.average",
     "compare": "statedict.ops.compare",
     "compare_state_dicts": "statedict.ops.chapter",
     "convert": "statedict.ops.convert",
@@ -125,6 +132,7 @@ _HOMES = {
     "load_model_safely": "statedict.doors",
     "load_training_state": "statedict.doors",
     "open": "statedict.checkpoint",
+    "remap": "statedict.ops.remapping",
     "rules": "statedict.rules",
     "save": "statedict.doors",
     "save_training_state": "statedict.doors",

@@ -19,7 +19,9 @@ FORMATS = ("text", "json", "html", "markdown")
 # Every verb, in the order of the help. The module of a verb has ``configure(parser)`` and ``run(options, console)``.
 VERBS = {
     "inspect": "show what a checkpoint holds, without running anything of it",
+    "compare": "show what differs between two checkpoints",
     "convert": "write a checkpoint again, as .safetensors or .pth",
+    "average": "write the mean of several checkpoints",
 }
 
 _HELP = """\
@@ -33,7 +35,9 @@ verbs:
 examples:
   statedict inspect model.pth
   statedict inspect run.ckpt --at model_state_dict --tree
+  statedict compare before.pth after.pth
   statedict convert model.pth model.safetensors
+  statedict average epoch-8.pth epoch-9.pth -o mean.safetensors
 
 statedict VERB --help says more; statedict --version, the version.
 """
@@ -78,7 +82,7 @@ def _verb(name: str, arguments: list[str]) -> tuple[Run, Namespace]:
     module = import_module(f"statedict.cli.{name}")
     parser = Parser(prog=f"statedict {name}", formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     module.configure(parser)
-    add_common(parser)
+    add_common(parser, takes_output=getattr(module, "TAKES_OUTPUT", False))
     run: Run = module.run
     return run, parser.parse_args(arguments)
 
@@ -96,11 +100,14 @@ def _unknown(word: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def add_common(parser: ArgumentParser) -> None:
-    """The options that every verb has."""
+def add_common(parser: ArgumentParser, *, takes_output: bool = False) -> None:
+    """The options that every verb has. ``takes_output`` leaves -o to the verb: its result goes to stdout."""
     group = parser.add_argument_group("output")
     group.add_argument("--format", choices=FORMATS, default="text", help="how the result is shown (text)")
-    group.add_argument("-o", "--output", metavar="FILE", default="-", help="where the result goes; - is stdout (-)")
+    if takes_output:
+        parser.set_defaults(output="-")
+    else:
+        group.add_argument("-o", "--output", metavar="FILE", default="-", help="where the result goes; - is stdout (-)")
     group.add_argument("-q", "--quiet", action="store_true", help="say nothing on stderr but errors")
     group.add_argument("--no-color", action="store_true", help="no colours, as the variable NO_COLOR does")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
