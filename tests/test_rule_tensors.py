@@ -497,3 +497,49 @@ def test_rules_over_rules_read_the_same_bytes(tmp_path: Path) -> None:
         assert torch.equal(expected[5:77], tensor[5:77].torch())
         again = statedict.remap(remapped, rules.unsqueeze("all", 0))
         assert torch.equal(expected[None], again["all"].torch())
+
+
+# -------------------------------------------------------------------- any chain of rules, and back
+
+CHAIN = st.lists(
+    st.sampled_from(
+        [
+            rules.add_prefix("m."),
+            rules.optional(rules.strip_prefix("m.")),
+            rules.optional(rules.rename("{p...}l.{n}.{x}", "{p}b.{n+1}.{x}")),
+            rules.optional(rules.rename(r"\.w$", ".weight")),
+            rules.optional(rules.transpose("*w*")),
+            rules.optional(rules.reshape("*.v", -1, 2)),
+            rules.optional(rules.unsqueeze("*", 0)),
+            rules.optional(rules.squeeze("*", 0)),
+            rules.optional(rules.cast("*", "float64")),
+            rules.optional(rules.split("{m}.w", ["{m}.w0", "{m}.w1"])),
+            rules.optional(rules.concat(["{m}.w0", "{m}.w1"], "{m}.ww", dim=-1)),
+            rules.optional(rules.deinterleave("{m}.v", ["{m}.v0", "{m}.v1"])),
+            rules.optional(rules.stack("l.{n}.w", "all.w")),
+            rules.optional(rules.unstack("all.w", "one.{n}.w")),
+            rules.optional(rules.pad("*.v", 0, 9)),
+        ]
+    ),
+    max_size=5,
+)
+
+
+@settings(max_examples=200)
+@given(CHAIN, st.integers(1, 3))
+def test_a_chain_of_rules_that_loses_nothing_is_taken_back_by_its_inverse(chain: list[rules.Rule], layers: int) -> None:
+    state = {f"l.{n}.{name}": some(*shape) for n in range(layers) for name, shape in {"w": (4, 2), "v": (6,)}.items()}
+    source = statedict.open(state)
+    try:
+        plan = rules.plan(source, chain)
+    except RuleError:
+        return
+    inverse = plan.inverse()
+    assert plan.lossless
+    assert inverse is not None
+    found = {key: tensor.torch() for key, tensor in statedict.remap(plan.checkpoint, inverse).items()}
+
+    assert set(state) == set(found)
+    for key, tensor in state.items():
+        assert torch.equal(tensor, found[key])
+    assert rules.Rules(inverse) == rules.Rules(chain).inverse(source)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from statedict.errors import StateDictError
 from statedict.io.ranges import merge
 
-__all__ = ["Arena", "Piece", "Window", "aligned", "allocate", "plan_windows"]
+__all__ = ["PAGE_NBYTES", "Arena", "Piece", "Window", "aligned", "allocate", "plan_windows"]
 
 PAGE_NBYTES = 4096
 HUGE_NBYTES = 2 * 1024 * 1024

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
 from typing import NamedTuple
 
+from statedict.io.arenas import PAGE_NBYTES, aligned
 from statedict.io.engine import Reading
 from statedict.io.ranges import File, LocalFile, blocks
 from statedict.io.storages import StorageReader
@@ -88,11 +89,12 @@ def verify(reader: StorageReader, items: Sequence[Checked], reading: Reading) ->
     pending = iter(ordered)
     lock = Lock()
     ahead = _Ahead([_range(reader, item) for item in ordered], reading.ahead_nbytes)
+    direct = _Direct() if reading.direct else None
+    most = min(reading.block_nbytes, max([item.storage.nbytes for item in ordered], default=1)) or 1
 
     def work() -> None:
-        buffer = memoryview(
-            bytearray(min(reading.block_nbytes, max([item.storage.nbytes for item in ordered], default=1)) or 1)
-        )
+        # Past the page cache whole pages are read: the range begins inside the first and ends inside the last.
+        buffer = memoryview(bytearray(most)) if direct is None else aligned(most + 2 * PAGE_NBYTES)
         while True:
             with lock:
                 item = next(pending, None)
@@ -102,13 +104,23 @@ def verify(reader: StorageReader, items: Sequence[Checked], reading: Reading) ->
             assert extent is not None
             file = reader.files[extent.file]
             sums = SumCheck(file, item)
-            for start, count in blocks(0, item.storage.nbytes, len(buffer)):
+            past = direct if extent.codec == "raw" else None
+            for start, count in blocks(0, item.storage.nbytes, most):
                 ahead.announce(file, extent.offset + start)
-                reader.read_into(item.storage, start, buffer[:count])
-                sums.update(buffer[:count])
+                skip = (extent.offset + start) % PAGE_NBYTES
+                whole = skip + count + -(skip + count) % PAGE_NBYTES
+                if past is not None and past.read_into(file, extent.offset + start - skip, buffer[:whole]):
+                    sums.update(buffer[skip : skip + count])
+                else:
+                    reader.read_into(item.storage, start, buffer[:count])
+                    sums.update(buffer[:count])
             sums.finish()
 
-    Workers(min(reading.threads, _MOST_VERIFYING, max(1, len(ordered)))).run(work)
+    try:
+        Workers(min(reading.threads, _MOST_VERIFYING, max(1, len(ordered)))).run(work)
+    finally:
+        if direct is not None:
+            direct.close()
 
 
 def _range(reader: StorageReader, item: Checked) -> tuple[File, int, int]:
@@ -217,7 +229,7 @@ class _Direct:
 
     def read_into(self, file: File, offset: int, memory: memoryview) -> bool:
         """Fill the memory, or say that this can't be done so."""
-        if not isinstance(file, LocalFile) or offset % 4096 or len(memory) % 4096:
+        if not isinstance(file, LocalFile) or offset % PAGE_NBYTES or len(memory) % PAGE_NBYTES:
             return False
         fd = self._open(file)
         if fd < 0 or offset + len(memory) > file.nbytes:
@@ -226,7 +238,7 @@ class _Direct:
         try:
             while done < len(memory):
                 count = os.preadv(fd, [memory[done:]], offset + done)
-                if count == 0 or count % 4096:
+                if count == 0 or count % PAGE_NBYTES:
                     return False
                 done += count
         except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 from statedict.checkpoint import Checkpoint
 from statedict.manifest import Finding
@@ -115,7 +116,9 @@ class Conversion(Result):
         """What each rule has come to."""
         if self.coverage_lines:
             yield Heading("Rules")
-            yield Facts([(str(at), line) for at, line in enumerate(self.coverage_lines, 1)])
+            # Behind the rules stands what is to be said of them all.
+            numbers = [str(at) for at in range(1, len(self.rules) + 1)]
+            yield Facts(list(zip_longest(numbers, self.coverage_lines, fillvalue="")))
 
     def _left_out(self) -> Iterator[Block]:
         """What stood beside the weights: a line for all that has tensors, and one for the values."""

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from statedict.dtypes import BY_CODE
 from statedict.errors import CorruptFile, StateDictError, Unsupported
 from statedict.formats.layout import identity, in_memory_order
 from statedict.io.plans import Payload, Source, Sum, WritePlan
-from statedict.io.ranges import File, LocalFile, blocks
+from statedict.io.ranges import LocalFile
 from statedict.io.writers import Progress, Written, execute
 from statedict.limits import DEFAULT_LIMITS, Limits
-from statedict.manifest import Finding, Manifest, Node, TensorEntry
+from statedict.manifest import Extent, Finding, Manifest, Node, Storage, TensorEntry
 from statedict.nodes import every_tensor
 
 __all__ = [
@@ -36,6 +37,8 @@ _SUFFIXES = {
     ".ckpt": "torch-zip",
     ".npz": "npz",
 }
+# Bytes that each of the threads reads at a time that compare what was written.
+_BLOCK_NBYTES = 2 * 1024 * 1024
 # What a reader may need to see of a file that this program has just written itself: its size was never in doubt.
 UNLIMITED = Limits(*[max(value, 1 << 62) for value in DEFAULT_LIMITS])
 
@@ -199,35 +202,33 @@ def _tie(entry: TensorEntry, seen: dict[object, int], at: int) -> int:
     return seen.setdefault((entry.view.storage.id, *identity(entry)), at)
 
 
-def compare_bytes(file: File, plan: WritePlan, sums: Mapping[str, Sum]) -> None:
+def compare_bytes(file: LocalFile, plan: WritePlan, sums: Mapping[str, Sum]) -> None:
     """Every payload that has a digest, once more, and by its CRC where the format has no digests; without either, nothing is read."""
-    buffer = memoryview(bytearray(4 * 1024 * 1024))
+    # `save`, which compares nothing, is spared these.
+    from statedict.io.engine import Engine, choose_reading
+    from statedict.io.filling import verify
+    from statedict.io.storages import StorageReader
+    from statedict.io.sums import Checked
+
+    items: list[Checked] = []
     offset = 0
     for segment in plan.segments:
-        summed = segment if isinstance(segment, Payload) and (segment.digest or plan.format == "npz") else None
-        if summed is not None and not _is_as_written(file, offset, summed, sums, buffer):
-            raise CorruptFile(
-                "the disk gives back other bytes than were written",
-                path=file.path,
-                key=summed.key,
-                offset=offset,
-                hint="Nothing was changed. The disk or the memory is failing: write elsewhere",
+        if isinstance(segment, Payload) and (segment.digest or plan.format == "npz"):
+            written = sums[segment.key]
+            where = Extent(0, offset, segment.nbytes)
+            storage = Storage(
+                len(items), segment.nbytes, where, crc=written.crc, digest=written.digest, name=segment.key
             )
+            items.append(Checked(storage, 0, TensorEntry((segment.key,), BY_CODE["U8"], (segment.nbytes,), None)))
         offset += segment.nbytes
-
-
-def _is_as_written(file: File, offset: int, payload: Payload, sums: Mapping[str, Sum], buffer: memoryview) -> bool:
-    """Whether the bytes of a payload that lie there have its digest, or its CRC where it has none."""
-    from xxhash import xxh3_128
-
-    from statedict.io.crc import crc32
-
-    written = sums[payload.key]
-    digest, crc = xxh3_128() if payload.digest else None, 0
-    for start, count in blocks(offset, payload.nbytes, len(buffer)):
-        file.read_into(start, buffer[:count])
-        if digest is not None:
-            digest.update(buffer[:count])
-        else:
-            crc = crc32(buffer[:count], crc)
-    return crc == written.crc if digest is None else f"xxh3-128:{digest.hexdigest()}" == written.digest
+    reading = choose_reading(file, sum([item.storage.nbytes for item in items]), Engine(block_nbytes=_BLOCK_NBYTES))
+    try:
+        verify(StorageReader([file]), items, reading)
+    except CorruptFile as error:
+        raise CorruptFile(
+            "the disk gives back other bytes than were written",
+            path=file.path,
+            key=error.key,
+            offset=error.offset,
+            hint="Nothing was changed. The disk or the memory is failing: write elsewhere",
+        ) from error
