@@ -40,6 +40,7 @@ OUTSIDERS = {
     "rich": {"cli", "report"},
     "tomli": {"rules"},
     "tomli_w": {"rules"},
+    "tomllib": {"rules"},  # of the standard library from Python 3.11 on
     "torch": {"torch"},
     "xxhash": {"formats", "io", "ops", "runs", "torch"},
 }
