@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from statedict.checkpoint import Checkpoint
 from statedict.dtypes import DType
 from statedict.errors import RuleError, one_line
-from statedict.io.engine import choose_reading
-from statedict.io.ranges import LocalFile
 from statedict.io.workers import Workers
 from statedict.keys import Path, display
 from statedict.lazy_tensor import LazyTensor
@@ -39,8 +37,6 @@ _BEHIND = ("_scale", "_scales", "_scale_inv", "_zero_point")
 _BESIDE = ("scale", "scales", "weight_scale", "input_scale", "SCB", "zeros", "qzeros", "zero_point")
 # What integers are called that hold several small ones each (GPTQ, AWQ, compressed-tensors).
 _PACKED = ("qweight", "qzeros", "weight_packed")
-# One waits for the disk while the other counts. Where nothing has to be waited for, two are slower than one (0.69 s a GiB, and 0.41): after
-# each of numpy's short calls they wait for the interpreter.
 _THREADS = 2
 # Keys that an error names.
 _LISTED = 3
@@ -275,20 +271,9 @@ def _tallied(casts: Sequence[CastOf], on_progress: Callable[[int], object]) -> l
                 on_progress(done[0])
             rounding.tally = CastTally(*kinds)
 
-    workers = Workers(_THREADS if _waits_for_the_disk(casts) else 1)
+    workers = Workers(_THREADS if sum([source.nbytes for source in sources]) > BLOCK_NBYTES else 1)
     workers.run(work)
     return totals
-
-
-def _waits_for_the_disk(casts: Sequence[CastOf]) -> bool:
-    """Whether the first tensor that lies in a file is to be read from the disk."""
-    for each in casts:
-        view = each.source.entry.view
-        extent = view.storage.extent if view is not None else None
-        file = each.source.origin.reader.files[extent.file] if extent is not None else None
-        if isinstance(file, LocalFile):
-            return not choose_reading(file, file.nbytes).cached
-    return False
 
 
 def _pieces(sources: Sequence[Packed], nbytes: int) -> Iterator[tuple[int, int, int]]:
