@@ -52,7 +52,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     @property
     def format(self) -> str:
-        """``torch-zip``, ``torch-legacy``, ``torch-tar``, ``torchscript``, ``pickle``, ``safetensors``, ``sharded``, ``npz``, ``npy``."""
+        """``torch-zip``, ``torch-legacy``, ``torch-tar``, ``torchscript``, ``pickle``, ``safetensors``, ``sharded``, ``npz``, ``npy``,
+        ``step``.
+        """
         return self.manifest.format
 
     @property
@@ -188,6 +190,7 @@ def open(source: Any, *, at: str | Path | None = None, limits: Limits | None = N
     path = os.fspath(source)
     if at is None and "#" in path and not os.path.lexists(path):
         path, _, at = path.rpartition("#")
+        path, at = _step_of(path, at)
     made = _open_file(path, limits)
     if at is None:
         return made
@@ -226,14 +229,35 @@ def _lazy(value: object) -> tuple[TensorEntry, tuple[File, ...]] | None:
     return (value.entry, tuple(value.origin.reader.files)) if isinstance(value, LazyTensor) else None
 
 
+def _step_of(path: str, at: str) -> tuple[str, str | None]:
+    """The folder of a step, and the key in it, where ``run#1000`` names one; else both as they are."""
+    if not at[:1].isdecimal() or not os.path.isdir(path):
+        return path, at
+    from statedict.formats.step_reader import locate_step
+
+    return locate_step(path, at) or (path, at)
+
+
 def _open_file(path: str, limits: Limits) -> Checkpoint:
     if "://" in path:
         raise Unsupported("addresses can't be opened yet", path=path, hint="Download the file first")
     if not os.path.isdir(path):
         return _opened(LocalFile(path), limits)
+    from statedict.formats.step import MANIFEST_NAME
+
+    if os.path.lexists(os.path.join(path, MANIFEST_NAME)):
+        from statedict.formats.step_reader import is_step, open_step
+
+        if is_step(path):
+            manifest, files = open_step(path, limits)
+            return Checkpoint(manifest, files, source=path, limits=limits)
     from statedict.formats.folders import choose
 
     choice = choose(path)
+    if choice is None:
+        from statedict.formats.step_reader import refuse_run
+
+        refuse_run(path)
     # Where it isn't clear what is meant, the folder is refused as a file, with the names of what could be.
     made = _opened(LocalFile(path if choice is None else choice.path), limits, source=path)
     if choice is not None and choice.notes:

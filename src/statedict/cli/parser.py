@@ -22,6 +22,7 @@ VERBS = {
     "compare": "show what differs between two checkpoints",
     "convert": "write a checkpoint again, as .safetensors or .pth",
     "average": "write the mean of several checkpoints",
+    "runs": "show the steps of a training run, verify, prune and repair them",
 }
 
 _HELP = """\
@@ -38,6 +39,7 @@ examples:
   statedict compare before.pth after.pth
   statedict convert model.pth model.safetensors
   statedict average epoch-8.pth epoch-9.pth -o mean.safetensors
+  statedict runs run verify
 
 statedict VERB --help says more; statedict --version, the version.
 """

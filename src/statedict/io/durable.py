@@ -19,7 +19,7 @@ from statedict.errors import FileError, StateDictError, TargetExists
 from statedict.io.ranges import LocalFile
 from statedict.io.temporaries import backup_name, lock, remove, sweep, temporary_name
 
-__all__ = ["PAGE_NBYTES", "DurableFile", "check_target", "write_bytes"]
+__all__ = ["PAGE_NBYTES", "DurableFile", "check_target", "preallocate", "write_bytes"]
 
 # What offsets, lengths and addresses of writes past the page cache are multiples of.
 PAGE_NBYTES = 4096
@@ -157,7 +157,7 @@ class DurableFile:
         if mode is not None and mode != stat.S_IMODE(os.fstat(self._fd).st_mode):
             os.fchmod(self._fd, mode)
         if self.nbytes:
-            _preallocate(self._fd, self.nbytes)
+            preallocate(self._fd, self.nbytes)
 
     def _commit(self) -> None:
         if self.durable:
@@ -322,7 +322,7 @@ def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
     return []
 
 
-def _preallocate(fd: int, nbytes: int) -> None:
+def preallocate(fd: int, nbytes: int) -> None:
     """Reserve the room where the file system can, so that a full disk is reported before anything is written."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     # Where the file system can't, the C library writes a byte into every block instead: slower than the copy itself. It

@@ -20,7 +20,7 @@ from statedict.io.engine import AUTOMATIC, Engine, Writing, choose_writing
 from statedict.io.plans import Later, Payload, Sum, WritePlan
 from statedict.io.ranges import BLOCK_NBYTES, LocalFile, blocks
 
-__all__ = ["Check", "Progress", "Written", "execute", "execute_to_stream"]
+__all__ = ["Check", "Progress", "Writers", "Written", "execute", "execute_to_stream"]
 
 # Bytes that one thread copies inside the kernel at a time.
 _COPY_NBYTES = 16 * 1024 * 1024
@@ -60,7 +60,7 @@ def execute(
     writing = choose_writing(os.path.dirname(os.path.realpath(path)), plan.nbytes, engine, durable=durable)
     with DurableFile(path, overwrite=overwrite, nbytes=plan.nbytes, durable=durable) as file:
         direct = writing.direct and file.open_direct()
-        with _Writers(file, writing, direct=direct) as writers:
+        with Writers(file, writing, direct=direct) as writers:
             assembly = Assembly(plan, writers, on_progress=on_progress)
             assembly.run()
         for offset, later in assembly.unwritten:
@@ -107,7 +107,7 @@ def _looks_ahead(plan: WritePlan) -> bool:
     return False
 
 
-class _Writers:
+class Writers:
     """Threads that write into one file what they are handed. A plan of one block is written by the caller's own."""
 
     def __init__(self, file: DurableFile, writing: Writing, *, direct: bool = False) -> None:
@@ -130,7 +130,7 @@ class _Writers:
             Thread(target=self._work, name="statedict-writer", daemon=True) for _ in range(writing.threads)
         ]
 
-    def __enter__(self) -> _Writers:
+    def __enter__(self) -> Writers:
         try:
             for thread in self._threads:
                 thread.start()

@@ -1,0 +1,81 @@
+"""What ``TrainingRun.save`` gives back at once, and the one thread that writes a step while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from threading import Event, Thread
+
+from statedict.runs.writing import Phase, Written
+
+__all__ = ["Saved"]
+
+
+class Saved:
+    """A save: done, or under way in a thread of its own.
+
+    ``step``, ``path``; ``blocked_ms`` (how long training stood still); once it is done ``durable``, ``nbytes``, ``linked_nbytes`` and
+    ``phases`` (seconds, bytes and GB/s of ``capture``, ``plan``, ``write``, ``fsync``, ``commit``, ``prune``).
+    """
+
+    def __init__(self, step: int, path: str) -> None:
+        self.step = step
+        self.path = path
+        self.durable = False
+        self.blocked_ms = 0.0
+        self.nbytes = 0
+        self.linked_nbytes = 0
+        self.phases: Mapping[str, Phase] = {}
+        self.notes: tuple[object, ...] = ()
+        self._captured = Phase(0.0, 0)
+        self._done = Event()
+        self._error: BaseException | None = None
+        self._was_raised = False
+
+    def __repr__(self) -> str:
+        state = "durable" if self.durable else "failed" if self._error else "done" if self.is_done else "under way"
+        return f"Saved({self.step}, {self.path!r}, {state})"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._done.is_set()
+
+    def wait(self) -> Saved:
+        """Wait until the step is durable. Raises what made the save fail."""
+        self._done.wait()
+        if self._error is not None:
+            self._was_raised = True
+            raise self._error
+        return self
+
+    def raise_unseen(self) -> None:
+        """Wait, and raise the error that nobody has met yet."""
+        self._done.wait()
+        if not self._was_raised:
+            self.wait()
+
+    def captured_in(self, seconds: float, nbytes: int) -> None:
+        """Note what the copy of the state took."""
+        self._captured = Phase(seconds, nbytes)
+
+    def run(self, write: Callable[[], Written]) -> Saved:
+        """Write here and now. Raises what ``write`` does."""
+        self._carry_out(write)
+        return self.wait()
+
+    def start(self, write: Callable[[], Written]) -> None:
+        """Write in a thread. It isn't a daemon: an interpreter that ends waits for the step."""
+        Thread(target=self._carry_out, args=(write,), name="statedict-save", daemon=False).start()
+
+    def _carry_out(self, write: Callable[[], Written]) -> None:
+        try:
+            written = write()
+            self.durable = written.durable
+            self.nbytes = written.nbytes
+            self.linked_nbytes = written.linked_nbytes
+            self.notes = written.notes
+            self.phases = {"capture": self._captured, **written.phases}
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._done.set()

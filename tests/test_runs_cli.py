@@ -1,0 +1,100 @@
+"""``statedict runs``: what it prints, what it changes, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+
+from statedict.checkpoint import of_memory
+from statedict.cli import main
+from statedict.runs.pieces import Captured
+from statedict.runs.run import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run of three steps; the loss is best at the second."""
+    with RunFolder(tmp_path / "run") as run:
+        for step, loss in ((1, 0.5), (2, 0.1), (3, float("nan"))):
+            piece = of_memory({"w": numpy.full(4, step)})
+            run.write(step, Captured({"model": piece}), metrics={"val_loss": loss})
+    return tmp_path / "run"
+
+
+def steps(folder: Path) -> list[int]:
+    with RunFolder(folder) as run:
+        return [step.step for step in run.steps()]
+
+
+def damage(folder: Path, step: int) -> None:
+    path = folder / f"step-{step:08d}" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_the_steps_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert 0 == main(["runs", str(folder)])
+    text = capsys.readouterr().out
+    assert 0 == main(["runs", str(folder), "list", "--format", "json"])
+    found = json.loads(capsys.readouterr().out)
+
+    assert "val_loss" in text and "0.1" in text
+    assert [(1, 0.5), (2, 0.1), (3, "nan")] == [(row["step"], row["metrics"]["val_loss"]) for row in found["steps"]]
+
+
+@pytest.mark.parametrize("form", ["html", "markdown"])
+def test_the_list_is_a_page_too(folder: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert 0 == main(["runs", str(folder), "--format", form])
+
+    assert "val_loss" in capsys.readouterr().out.replace("\\", "")
+
+
+def test_damage_is_exit_code_one_and_repaired(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert 0 == main(["runs", str(folder), "verify"])
+    damage(folder, 3)
+    assert [1, 0] == [main(["runs", str(folder), "verify"]), main(["runs", str(folder), "verify", "2"])]
+    assert 1 == main(["runs", str(folder), "repair"])
+    capsys.readouterr()
+
+    assert (0, [1, 2]) == (main(["runs", str(folder), "verify"]), steps(folder))
+    assert 0 == main(["runs", str(folder)])
+    assert "step-00000003.damaged" in capsys.readouterr().out
+
+
+def test_prune_deletes_what_nothing_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep = ["runs", str(folder), "prune", "--best", "val_loss:1"]
+    assert (0, [1, 2, 3]) == (main([*keep, "--dry-run", "--format", "json"]), steps(folder))
+    assert [1] == [row["step"] for row in json.loads(capsys.readouterr().out)["steps"]]
+
+    assert (0, [2, 3]) == (main(keep), steps(folder))
+    assert (0, [3]) == (main(["runs", str(folder), "prune", "--latest", "1"]), steps(folder))
+
+
+def test_a_step_is_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert 0 == main(["runs", str(folder), "show", "2"])
+
+    assert "model.w" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["show"], "which step"), (["show", "9"], "no step 9"), (["prune"], "which steps stay"),
+        (["prune", "--best", "figure"], "which way"), (["show", "-3"], ""), (["verify", "9"], "no step 9"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_exit_code_two(
+    folder: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert 2 == main(["runs", str(folder), *arguments])
+
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (2, False) == (main(["runs", str(tmp_path / "none")]), (tmp_path / "none").exists())
+    assert "No such file" in capsys.readouterr().err
