@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from statedict import rules as rules
     from statedict.checkpoint import Checkpoint, open
     from statedict.doors import (
+        TrainingState,
         filter_state_dict,
         load,
         load_into,
@@ -55,39 +56,56 @@ if TYPE_CHECKING:
     from statedict.ops.load_report import LoadReport
     from statedict.ops.remapping import remap
     from statedict.ops.transfers import ReadReport, SaveReport
+    from statedict.runs.catalogue import Step
+    from statedict.runs.policies import Best, Every, Latest, Minutes, Steps, Within
+    from statedict.runs.saving import Saved
+    from statedict.runs.training_run import Restored, TrainingRun
+    from statedict.runs.verification import Verification
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Averaging",
+    "Best",
     "Checkpoint",
     "Comparison",
     "Conversion",
     "CorruptFile",
     "Engine",
+    "Every",
     "FileError",
     "FormatError",
     "Inspection",
     "KeyMismatch",
     "KeyNotFound",
+    "Latest",
     "LazyTensor",
     "LimitExceeded",
     "Limits",
     "LoadReport",
+    "Minutes",
     "MissingDependency",
     "ReadReport",
+    "Restored",
     "RuleError",
     "RunError",
     "SaveReport",
+    "Saved",
     "SpecMismatch",
     "StateDictError",
+    "Step",
     "StepExists",
     "StepNotFound",
+    "Steps",
     "TargetExists",
+    "TrainingRun",
+    "TrainingState",
     "Uncommitted",
     "UnknownFormat",
     "UnsafeContent",
     "Unsupported",
+    "Verification",
+    "Within",
     "__version__",
     "average",
     "compare",
@@ -110,16 +128,28 @@ __all__ = [
 # Where each name that is no error lives. The names of errors are all in one module.
 _HOMES = {
     "Averaging": "statedict.ops.average",
+    "Best": "statedict.runs.policies",
     "Checkpoint": "statedict.checkpoint",
     "Comparison": "statedict.ops.comparing.comparison",
     "Conversion": "statedict.ops.convert",
     "Engine": "statedict.io.engine",
+    "Every": "statedict.runs.policies",
     "Inspection": "statedict.ops.inspect",
+    "Latest": "statedict.runs.policies",
     "LazyTensor": "statedict.lazy_tensor",
     "Limits": "statedict.limits",
     "LoadReport": "statedict.ops.load_report",
+    "Minutes": "statedict.runs.policies",
     "ReadReport": "statedict.ops.transfers",
+    "Restored": "statedict.runs.training_run",
     "SaveReport": "statedict.ops.transfers",
+    "Saved": "statedict.runs.saving",
+    "Step": "statedict.runs.catalogue",
+    "Steps": "statedict.runs.policies",
+    "TrainingRun": "statedict.runs.training_run",
+    "TrainingState": "statedict.doors",
+    "Verification": "statedict.runs.verification",
+    "Within": "statedict.runs.policies",
     "average": "statedict.ops.average",
     "compare": "statedict.ops.compare",
     "compare_state_dicts": "statedict.ops.chapter",

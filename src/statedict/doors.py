@@ -7,7 +7,7 @@ search for cycles takes as long as a third of our own modules, so there is none 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from statedict.bridge import need_torch
@@ -16,14 +16,18 @@ from statedict.keys import Path
 from statedict.limits import Limits
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
 
     from statedict.io.engine import Engine
     from statedict.io.writers import Progress
     from statedict.ops.load_report import LoadReport
     from statedict.ops.transfers import ReadReport, SaveReport
+    from statedict.runs.pieces import Captured, OpenedStep
 
 __all__ = [
+    "TrainingState",
     "filter_state_dict",
     "load",
     "load_into",
@@ -213,24 +217,96 @@ def load_model_safely(model_class: Any, weights_path: Any, device: Any, *args: A
     return load_model_safely(model_class, weights_path, device, *args, **kwargs)
 
 
-def save_training_state(model: Any, optimizer: Any, epoch: Any, loss: Any, path: Any, **kwargs: Any) -> None:
+def save_training_state(
+    model: Any, optimizer: Any, epoch: Any, loss: Any, path: Any, *, rng: Any = False, **kwargs: Any
+) -> None:
     """Save a model, an optimizer (or None), and where the training stands; prints the path.
 
     The file holds ``model_state_dict``, ``optimizer_state_dict`` (not where the optimizer is None), ``epoch``, ``loss``,
-    ``pytorch_version`` and ``timestamp`` (ISO 8601, UTC) as texts, and every further keyword. Atomic and durable, as ``save``.
+    ``pytorch_version`` and ``timestamp`` (ISO 8601, UTC) as texts, and every further keyword. With ``rng=True`` it holds the states of
+    Python's, numpy's and torch's random generators too, under ``rng_states``. Atomic and durable, as ``save``.
     """
     need_torch("save_training_state needs", "")
     from statedict.torch.chapter import save_training_state
 
-    save_training_state(model, optimizer, epoch, loss, path, **kwargs)
+    save_training_state(model, optimizer, epoch, loss, path, rng=rng, **kwargs)
 
 
 def load_training_state(model: Any, optimizer: Any, path: Any, device: Any = None) -> dict[str, Any]:
     """Put what ``save_training_state`` saved into the model and the optimizer (or None); prints epoch and loss.
 
-    Gives everything that the file holds, its tensors on ``device`` or the CPU. Neither is changed unless both fit.
+    Gives everything that the file holds, its tensors on ``device`` or the CPU. Neither is changed unless both fit. Random states
+    that were saved with ``rng=True`` are restored last, which is printed too.
     """
     need_torch("load_training_state needs", "")
     from statedict.torch.chapter import load_training_state
 
     return load_training_state(model, optimizer, path, device)
+
+
+class TrainingState:
+    """Everything that the next step of a training depends on, for ``TrainingRun.save`` and ``restore``.
+
+        state = TrainingState(model=model, optimizer=optimizer, scheduler=scheduler, loader=loader, best_loss=1e9)
+        run.restore(state)
+        for epoch in range(state.epoch, 10):
+            state.epoch = epoch
+            for batch in state.loader:
+                ...
+
+    Components are modules; optimizers (by the names of their parameters); anything with ``state_dict`` and ``load_state_dict``; random
+    generators of torch, numpy and Python; samplers; a plain ``DataLoader``, whose place in the epoch is kept if ``state.loader`` is
+    iterated; and plain values: numbers, texts, lists, dicts, tensors, arrays. Each is an attribute, values can be set. ``epoch`` and
+    ``step`` are there unasked.
+
+    Captured besides: ``rng``, the generators of Python, numpy's legacy functions, torch's of the CPU and of every device in use (False,
+    or some of "python", "numpy", "torch", "cuda", "mps", "xpu"); ``gradients`` that no step has used yet ("all": those too that one has,
+    for loops that never zero them; "none"); with ``buffers="all"`` those of modules that aren't persistent; the environment.
+
+    Nothing is changed by restoring unless everything fits. Random states are restored last, and none is skipped in silence.
+    """
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            rng: bool | Collection[str] = True,
+            gradients: str = "unused",
+            buffers: str = "persistent",
+            **components: Any,
+        ) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+        def capture(self) -> Captured:
+            """A copy of everything in memory of the host."""
+
+        def apply(
+            self,
+            step: OpenedStep,
+            *,
+            only: Collection[str] | None = None,
+            keep_hyperparameters: Collection[str] = (),
+            rules: Any = (),
+            verify_next_step: bool = False,
+        ) -> Any:
+            """Take over what a step holds."""
+
+        def prepare(self) -> int:
+            """Take the memory that ``capture`` needs; its bytes."""
+
+        def updating(self) -> AbstractContextManager[None]:
+            """A block in which no other thread captures."""
+
+    def __new__(cls, *args: Any, **components: Any) -> TrainingState:
+        """The state, of a class that knows torch. Raises ``MissingDependency`` without it."""
+        if cls is not TrainingState:
+            return object.__new__(cls)
+        need_torch("TrainingState needs", "")
+        with uncollected():
+            from statedict.torch.training.state import TorchTrainingState
+
+        return object.__new__(TorchTrainingState)

@@ -14,9 +14,13 @@ from statedict.torch.loading import load_into
 from statedict.torch.modules.targets import Target
 from statedict.torch.optimizers.loading import named_state_dict
 from statedict.torch.reading import load
+from statedict.torch.training.rng import KINDS, check_states, plain_states, set_states
 from statedict.torch.writing import save
 
 __all__ = ["filter_state_dict", "load_model_safely", "load_training_state", "save_training_state"]
+
+# Where the states of random generators stand.
+_RNG = "rng_states"
 
 
 def filter_state_dict(state_dict: Mapping[str, Any], model: torch.nn.Module) -> dict[str, Any]:
@@ -51,9 +55,18 @@ def load_model_safely(model_class: Any, weights_path: Any, device: Any, *args: A
 
 
 def save_training_state(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, epoch: Any, loss: Any, path: Any, **kwargs: Any
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    epoch: Any,
+    loss: Any,
+    path: Any,
+    *,
+    rng: Any = False,
+    **kwargs: Any,
 ) -> None:
     """Everything that it takes to go on, in one file; an older one stays as it is until this is complete."""
+    if rng is not True and rng is not False:
+        kwargs["rng"] = rng  # a value of the caller's, under the name that it has in the chapter
     state: dict[str, Any] = {"model_state_dict": model.state_dict()}
     if optimizer is not None:
         state["optimizer_state_dict"] = named_state_dict(optimizer, [model])
@@ -64,6 +77,8 @@ def save_training_state(
         "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **kwargs,
     }
+    if rng is True:
+        state[_RNG] = plain_states()
     save(state, path)
     print(f"saved the training state to {one_line(os.fspath(path))}")
 
@@ -84,15 +99,25 @@ def load_training_state(
             hint="load_into takes any other file",
         )
     saved = state.get("optimizer_state_dict")
-    # Both are checked before one of them changes.
+    chance = _chance(state.get(_RNG))
+    # All are checked before one of them changes.
+    check_states(chance, _RNG)
     load_into(model, state["model_state_dict"], rules="auto", dry_run=True)
     if optimizer is not None and saved is not None:
         load_into(optimizer, saved, model=model)
     elif optimizer is not None:
         print("the file has no state of an optimizer: this one stays as it is")
     load_into(model, state["model_state_dict"], rules="auto")
+    if chance:
+        set_states(chance, _RNG)
+        print(f"restored the random states of {', '.join(chance)}")
     print(f"loaded epoch {one_line(state.get('epoch'))}, loss {one_line(_number(state.get('loss')))}")
     return state
+
+
+def _chance(found: Any) -> Mapping[str, Any]:
+    """The random states of the file, if that is what stands under their key: in the chapter any keyword may."""
+    return found if isinstance(found, Mapping) and found and set(found) <= set(KINDS) else {}
 
 
 def _number(value: Any) -> Any:
