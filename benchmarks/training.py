@@ -30,6 +30,13 @@ from statedict.doors import TrainingState
 from statedict.runs import TrainingRun
 
 BLOCK_NBYTES = 4 << 20
+# What is compared, each with what was measured in the same round.
+RATIOS = {
+    "async save, blocked": "copy",
+    "step beside the write": "step alone",
+    "durable save": "raw durable write",
+    "restore": "load",
+}
 
 
 class Model(torch.nn.Module):
@@ -106,14 +113,10 @@ class Bench:
 
     def saves(self, run: TrainingRun, number: int) -> None:
         """One round of saving."""
-        for copy, param in zip(self.copies, self.model.parameters(), strict=True):
-            copy.copy_(param)
-        self.note(
-            "copy",
-            timed(lambda: [c.copy_(p) for c, p in zip(self.copies, self.model.parameters(), strict=True)]),
-        )
         self.change()
         alone = self.steps.until(lambda: True, 60)
+        self.copy()  # as warm as the buffers of the save are
+        self.note("copy", timed(self.copy))
         saved = run.save(2 * number, self.state, wait=False)
         beside = self.steps.until(lambda: saved.is_done, 1)
         saved.wait()
@@ -122,11 +125,17 @@ class Bench:
         self.note("step beside the write", statistics.mean(beside))
         print({name: f"{phase.seconds * 1e3:.0f} ms" for name, phase in saved.phases.items()}, flush=True)
         self.change()
-        self.note("durable save", timed(lambda: run.save(2 * number + 1, self.state)))
+        saved = run.save(2 * number + 1, self.state)
+        self.note("durable save", saved.blocked_ms / 1e3 - saved.phases["prune"].seconds)
         self.change()
         path = str(Path(self.folder, "raw"))
         self.note("raw durable write", timed(lambda: raw(path, self.nbytes, self.block)))
         os.remove(path)
+
+    def copy(self) -> None:
+        """The copy of all parameters into memory that was touched before."""
+        for copy, param in zip(self.copies, self.model.parameters(), strict=True):
+            copy.copy_(param)
 
     def rivals(self) -> None:
         """One round of the others."""
@@ -171,9 +180,12 @@ def main() -> None:
                 bench.rivals()
             for _ in range(options.rounds):
                 bench.restores(run)
+    for name, other in RATIOS.items():
+        pairs = zip(bench.figures[name], bench.figures[other], strict=True)
+        print(f"{name} / {other}: {statistics.median([one / two for one, two in pairs]):.2f}")
     for name, seconds in bench.figures.items():
         shown = " ".join(f"{each * 1e3:.1f}" for each in seconds)
-        print(f"{name:26} median {statistics.median(seconds) * 1e3:8.1f} ms   {shown}")
+        print(f"{name:24} median {statistics.median(seconds) * 1e3:8.1f} ms   {shown}")
 
 
 if __name__ == "__main__":

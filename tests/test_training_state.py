@@ -605,6 +605,30 @@ def test_other_data_than_at_the_time_is_a_difference_or_an_error(tmp_path: Path)
         list(fresh.loader)
 
 
+class Stream(torch.utils.data.IterableDataset):  # type: ignore[misc]
+    def __iter__(self) -> Any:
+        return iter(range(20))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_is_gone_on_with_behind_the_batches_consumed(tmp_path: Path, workers: int) -> None:
+    saved, fresh = (TrainingState(loader=DataLoader(Stream(), 4, num_workers=workers)) for _ in range(2))
+    batches = iter(saved.loader)
+    for _ in range(3):
+        next(batches)
+    carry(tmp_path / "run", saved, fresh)
+
+    assert [[12, 13, 14, 15], [16, 17, 18, 19]] == [batch.tolist() for batch in fresh.loader]
+
+
+def test_workers_that_persist_are_a_difference(tmp_path: Path) -> None:
+    states = [TrainingState(loader=data(num_workers=1, persistent_workers=True)) for _ in range(2)]
+    next(iter(states[0].loader))
+    found = carry(tmp_path / "run", *states)
+
+    assert ["loader.persistent_workers"] == [each.name for each in found.differences]
+
+
 def test_a_distributed_sampler_has_its_epoch_back(tmp_path: Path) -> None:
     def make() -> Any:
         return DistributedSampler(TensorDataset(torch.arange(10)), num_replicas=2, rank=0)

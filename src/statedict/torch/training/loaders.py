@@ -8,6 +8,9 @@ On resume the generators get the states of the epoch's start, the same iterator 
 all generators get the states of the moment that was captured. Without workers the indices alone are skipped, since all randomness of
 the data comes from generators that are restored; with workers the batches are made again and dropped, so that each worker is where it was.
 A loader that keeps its own state, as torchdata's StatefulDataLoader does, is asked for that in the place of the epoch's start.
+
+Workers that persist over epochs have random states that can't be asked for: that they are others is said as a difference. torchdata's
+loader makes no batch again, so neither have its workers the states that they had.
 """
 
 from __future__ import annotations
@@ -128,7 +131,10 @@ class ResumableLoader:
             attempt(source_of(generator).trial, state, f"{key}.generators")
         if found.get("position") is not None:
             _check_position(found["position"], generators, key, keeps_state=self._keeps_state)
-        return [each._replace(name=f"{key}.{each.name}") for each in compare(facts, self._facts())]
+        differences = compare(facts, self._facts())
+        if found.get("position") is not None and getattr(self.loader, "persistent_workers", False):
+            differences.append(Difference("persistent_workers", "random states of their own", "those of new workers"))
+        return [each._replace(name=f"{key}.{each.name}") for each in differences]
 
     def restore(self, value: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Take over a state that was checked. ``after`` are the states of the process's generators at the moment of the capture."""

@@ -13,7 +13,7 @@ from statedict.errors import SpecMismatch
 from statedict.ops.load_report import LoadReport
 from statedict.torch.training.environment import Difference
 from statedict.torch.training.loaders import ResumableLoader
-from statedict.torch.training.parts import Wishes, value_of
+from statedict.torch.training.parts import Part, Wishes, value_of
 from statedict.torch.training.rng import attempt, source_of
 
 __all__ = ["GeneratorPart", "LoaderPart", "SamplerPart", "ValuePart"]
@@ -30,9 +30,9 @@ class LoaderPart:
         self.after: Mapping[str, Any] = {}  # the states of the process's generators in the same step
 
     @classmethod
-    def of(cls, loader: DataLoader[Any], state: Any) -> LoaderPart:
-        """The part of a loader whose epoch is that of a training state."""
-        return cls(ResumableLoader(loader, lambda: state.epoch))
+    def of(cls, loader: DataLoader[Any], epoch: Part) -> LoaderPart:
+        """The part of a loader whose epoch is counted by another part."""
+        return cls(ResumableLoader(loader, lambda: epoch.visible))
 
     def value(self) -> Any:
         """Its place in the epoch, and its generators."""

@@ -73,7 +73,7 @@ class TorchTrainingState(doors.TrainingState):
                     self._hidden[f"{name}.gradients"] = GradientPart(part.module, used=gradients == "all")
                 if buffers == "all":
                     self._hidden[f"{name}.buffers"] = BufferPart(part.module)
-        self._watch()
+        self._watch(marks_gradients=gradients == "unused")
 
     def _check_name(self, name: str) -> None:
         if not is_plain_name(name) or name.startswith("_") or "." in name or hasattr(type(self), name) or name == "rng":
@@ -86,19 +86,20 @@ class TorchTrainingState(doors.TrainingState):
         if isinstance(value, torch.optim.Optimizer):
             return OptimizerPart(value, [ModulePart(module).module for module in modules])
         if isinstance(value, DataLoader):
-            return LoaderPart.of(value, weakref.proxy(self))
+            return LoaderPart.of(value, self._parts["epoch"])
         if is_stateful(value):
             return StatefulPart(value)
         if isinstance(value, Sampler):
             return SamplerPart(value)
         return GeneratorPart(value) if rng.is_generator(value) else ValuePart(value)
 
-    def _watch(self) -> None:
+    def _watch(self, *, marks_gradients: bool) -> None:
         """Hook into the optimizers, as long as this state lives."""
         modules, evidence = self._modules(), self._evidence
 
         def after(optimizer: torch.optim.Optimizer) -> None:
-            mark_used(optimizer)
+            if marks_gradients:
+                mark_used(optimizer)
             evidence.after_step(modules)
 
         handles = []
