@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CastOf", "Draft", "identity_of", "untied_by"]
 
-# Where each computed tensor begins in its file, as in the files that are written.
-_ALIGNMENT = 64
-
 
 class CastOf(NamedTuple):
     """A tensor that a rule casts: its key then, the tensor before, and its dtype after."""
@@ -59,8 +56,10 @@ class Draft:
 
     def computed(self, like: TensorEntry, recipe: Recipe) -> TensorEntry:
         """The entry of a computed tensor, with what is known of ``like`` besides its values."""
-        self._filled += -self._filled % _ALIGNMENT
-        nbytes = recipe.dtype.nbytes(_count(recipe.shape))
+        from statedict.recipes.derived import ALIGNMENT, nbytes_of
+
+        self._filled += -self._filled % ALIGNMENT
+        nbytes = nbytes_of(recipe)
         storage = Storage(self._next_id, nbytes, Extent(len(self._files), self._filled, nbytes), name=recipe.name)
         self._next_id += 1
         self._filled += nbytes
@@ -137,10 +136,3 @@ def untied_by(changed: Iterable[TensorEntry], kept: Iterable[TensorEntry]) -> tu
             if entry.numel and identity_of(entry) in others
         ]
     )
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    made = 1
-    for size in shape:
-        made *= size
-    return made
