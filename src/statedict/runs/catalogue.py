@@ -12,7 +12,7 @@ from statedict.limits import DEFAULT_LIMITS, Limits
 from statedict.runs.policies import Record
 from statedict.runs.storage import Storage
 
-__all__ = ["TMP", "TRASH", "VERIFIED_NAME", "Catalogue", "Step", "is_set_aside"]
+__all__ = ["NEXT_STEP_NAME", "TMP", "TRASH", "VERIFIED_NAME", "Catalogue", "Step", "is_set_aside"]
 
 # What a step is called while it is written, and while it is deleted.
 TMP = ".tmp-"
@@ -20,6 +20,8 @@ TRASH = ".trash-"
 DAMAGED_MARK = ".damaged"
 # Says in a step that every byte of it was read and compared; written by ``verify``, and not part of the step.
 VERIFIED_NAME = "verified.json"
+# What the parameters were after the step that followed; written by a training state, and not part of the step.
+NEXT_STEP_NAME = "next-step.json"
 
 
 class Step(NamedTuple):

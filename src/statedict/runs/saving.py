@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Mapping
-from threading import Event, Thread
+from contextlib import suppress
+from threading import Event, Thread, get_native_id
 
 from statedict.runs.writing import Phase, Written
 
 __all__ = ["Saved"]
+
+# How far the thread that writes stands back: 5 changes nothing, and at 19 a busy machine lets it wait for ten seconds.
+_NICE = 10
 
 
 class Saved:
@@ -65,7 +71,15 @@ class Saved:
 
     def start(self, write: Callable[[], Written]) -> None:
         """Write in a thread. It isn't a daemon: an interpreter that ends waits for the step."""
-        Thread(target=self._carry_out, args=(write,), name="statedict-save", daemon=False).start()
+        Thread(target=self._in_background, args=(write,), name="statedict-save", daemon=False).start()
+
+    def _in_background(self, write: Callable[[], Written]) -> None:
+        if sys.platform == "linux":
+            # There a thread has a priority of its own, and those that it starts have it too: training takes the processor first.
+            # Measured on two cores, 1 GiB: a step beside the write takes 1.2 times as long as alone, not 1.5; the write 1.4 s, not 0.6.
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, get_native_id(), _NICE)
+        self._carry_out(write)
 
     def _carry_out(self, write: Callable[[], Written]) -> None:
         try:

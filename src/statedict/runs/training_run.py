@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext, suppress
 from threading import RLock
 from types import TracebackType
 from typing import Any
 
 from statedict.errors import KeyNotFound, StateDictError, StepExists
 from statedict.keys import near
-from statedict.runs.pieces import Capturable, FellBack, OpenedStep
+from statedict.runs.pieces import Capturable, Captured, FellBack, OpenedStep
 from statedict.runs.policies import Due, Keep
 from statedict.runs.run import RunFolder
 from statedict.runs.saving import Saved
@@ -39,6 +39,16 @@ class Restored:
 
     def __repr__(self) -> str:
         return f"Restored({self.step}, {self.path!r}{', fell back' if self.fell_back else ''})"
+
+
+def _still(state: Capturable) -> AbstractContextManager[Captured]:
+    """The state over memory that doesn't change until the block is left: its own, if it can be held still, else a copy."""
+    still: Callable[[], AbstractContextManager[Captured]] | None = getattr(state, "still", None)
+    return nullcontext(state.capture()) if still is None else still()
+
+
+def _nbytes_of(captured: Captured) -> int:
+    return sum([entry.nbytes for piece in captured.pieces.values() for entry in piece.manifest.tensors.values()])
 
 
 class TrainingRun(RunFolder):
@@ -84,17 +94,21 @@ class TrainingRun(RunFolder):
         self.finish()
         saved = Saved(step, self.catalogue.path_of(step))
         self._check_free(step)
-        with self._updating:
-            captured = state.capture()
-        nbytes = sum([entry.nbytes for piece in captured.pieces.values() for entry in piece.manifest.tensors.values()])
-        saved.captured_in(time.perf_counter() - start, nbytes)
         if wait:
-            saved.run(lambda: self.write(step, captured, metrics=metrics))
+            with self._updating, _still(state) as captured:
+                saved.captured_in(time.perf_counter() - start, _nbytes_of(captured))
+                saved.run(lambda: self.write(step, captured, metrics=metrics))
         else:
+            with self._updating:
+                copied = state.capture()
+            saved.captured_in(time.perf_counter() - start, _nbytes_of(copied))
             self.note_begun(step)
             self._under_way = saved
-            saved.start(lambda: self.write(step, captured, metrics=metrics))
+            saved.start(lambda: self.write(step, copied, metrics=metrics))
         saved.blocked_ms = (time.perf_counter() - start) * 1e3
+        record = getattr(state, "record_next_step", None)
+        if record is not None:
+            record(saved)
         return saved
 
     def finish(self) -> None:

@@ -19,7 +19,7 @@ from statedict.manifest import Finding, StorageView, TensorEntry
 from statedict.report.document import Block, Column, Document, Facts, Table
 from statedict.report.result import Result
 from statedict.report.units import human_bytes, plural
-from statedict.runs.catalogue import VERIFIED_NAME, Catalogue
+from statedict.runs.catalogue import NEXT_STEP_NAME, VERIFIED_NAME, Catalogue
 
 __all__ = ["StepCheck", "Verification", "check_files", "check_step"]
 
@@ -205,7 +205,7 @@ def _entry(stored: Stored) -> TensorEntry:
 
 def _strangers(catalogue: Catalogue, path: str, manifest: StepManifest) -> list[Finding]:
     """Files that somebody has put into the step."""
-    known = {*manifest.files, MANIFEST_NAME, VERIFIED_NAME}
+    known = {*manifest.files, MANIFEST_NAME, NEXT_STEP_NAME, VERIFIED_NAME}
     names = sorted(set(catalogue.storage.listdir(path)) - known)
     if not names:
         return []

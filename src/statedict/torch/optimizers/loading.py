@@ -55,11 +55,13 @@ def load_optimizer(
     allow_empty: bool = False,
     keep_hyperparameters: Sequence[str] = (),
     dry_run: bool = False,
+    adopt: bool = False,
 ) -> LoadReport:
     """Load a state dict into an optimizer by the names of parameters; by position where there are none. Returns what was done.
 
     ``saved`` is torch's form, the form by name of ``torch.distributed.checkpoint.state_dict``, or its flattened form;
-    it is not changed and its tensors are copied. The optimizer's names are its own and those of ``model``. Order, groups
+    it is not changed and its tensors are copied (``adopt``: they are the caller's to give away, and those that need no other dtype
+    or device become the optimizer's). The optimizer's names are its own and those of ``model``. Order, groups
     and wrappers may differ. Parameters that the file has no state for (``missing``) are left as they are. Hyperparameters
     come from the file but for ``keep_hyperparameters``; each that changes is in ``overridden``.
 
@@ -72,7 +74,7 @@ def load_optimizer(
     try:
         plan = make_plan(optimizer, found, model, Wishes(strict, allow_empty, keep_hyperparameters))
         before = [dict(group) for group in optimizer.param_groups]
-        cast = {} if dry_run else _commit(optimizer, plan)
+        cast = {} if dry_run else _commit(optimizer, plan, adopt=adopt)
     except (KeyMismatch, SpecMismatch, Unsupported) as error:
         raise error.located(source or None) from error.__cause__
     return _report(optimizer, plan, source, before, cast)
@@ -82,9 +84,12 @@ def load_optimizer(
 
 
 class _Copier:
-    """Copies of saved state as the optimizer will hold it; ``cast`` has what had another dtype."""
+    """Saved state as the optimizer will hold it, copied unless it is adopted; ``cast`` has what had another dtype."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, object]]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, object]], *, adopt: bool
+    ) -> None:
+        self._adopt = adopt
         self._family = family_behind(optimizer)
         self._groups = groups  # the hyperparameters that will hold
         self.cast: dict[str, str] = {}
@@ -113,19 +118,19 @@ class _Copier:
             device = "cpu" if self._family is not None else value.device
         if dtype != value.dtype:
             self.cast[key] = f"{value.dtype} in the source, {dtype} here".replace("torch.", "")
-        return value.detach().to(device=device, dtype=dtype, copy=True)
+        return value.detach().to(device=device, dtype=dtype, copy=not self._adopt)
 
 
 # -------------------------------------------------------------------- the change
 
 
-def _commit(optimizer: torch.optim.Optimizer, plan: Plan) -> dict[str, str]:
+def _commit(optimizer: torch.optim.Optimizer, plan: Plan, *, adopt: bool) -> dict[str, str]:
     """Hand the state dict, put together in the optimizer's order, to its ``load_state_dict``. Returns what was cast.
 
     torch casts all state to the parameters' dtype on the way. What is to stay as it is comes back behind that, in front of
     the caller's hooks, except what a hook has replaced. Whatever fails, the optimizer is as it was.
     """
-    copier = _Copier(optimizer, plan.groups)
+    copier = _Copier(optimizer, plan.groups, adopt=adopt)
     made = _state_dict(optimizer, plan, copier)
     own = [value for state in made["state"].values() if isinstance(state, dict) for value in state.values()]
     ours = {id(value) for value in own if not isinstance(value, (bool, int, float, type(None)))}

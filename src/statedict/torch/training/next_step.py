@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import torch
 
 from statedict.errors import StateDictError
+from statedict.runs.catalogue import NEXT_STEP_NAME
 from statedict.torch.devices import as_bytes
 
-__all__ = ["NEXT_STEP_NAME", "Evidence", "SavedStep", "digest_of", "read_digest"]
+__all__ = ["Evidence", "SavedStep", "digest_of", "read_digest"]
 
-NEXT_STEP_NAME = "next-step.json"
 _SCHEMA = "statedict.next-step/1"
 # Bytes of each parameter that the digest is of.
 _SAMPLE_NBYTES = 64 * 1024

@@ -162,6 +162,7 @@ class OptimizerPart:
             allow_empty=True,
             keep_hyperparameters=keep,
             dry_run=dry_run,
+            adopt=True,
         )
 
     def commit(self) -> LoadReport | None:
