@@ -35,8 +35,8 @@ CLONED = (
     "from safetensors.torch import load_file\n"
     "measured(lambda: {key: value.clone() for key, value in load_file(sys.argv[1]).items()})"
 )
-OURS = "import torch, statedict\nmeasured(lambda: statedict.load(sys.argv[1], mmap=False, check={check}))"
-AGAIN = OURS.replace("measured", "statedict.load(sys.argv[2], mmap=False)\nmeasured")
+OURS = "import torch\nfrom statedict import load\nmeasured(lambda: load(sys.argv[1], mmap=False, check={check}))"
+AGAIN = OURS.replace("measured", "load(sys.argv[2], mmap=False)\nmeasured")
 COPY = """\
 import numpy as np
 one, other = np.ones(1 << 30, np.uint8), np.ones(1 << 30, np.uint8)

@@ -35,8 +35,8 @@ measured(work)
 """
 )
 SAFETENSORS = "from safetensors.torch import save_file\n" + DATA + "measured(lambda: save_file(state, sys.argv[1]))"
-OURS = "import statedict\n" + DATA + "measured(lambda: statedict.save(state, sys.argv[1], durable=DURABLE))"
-AGAIN = OURS.replace("measured", "statedict.save({'w': torch.ones(1)}, sys.argv[1])\nos.remove(sys.argv[1])\nmeasured")
+OURS = DATA + "from statedict import save\nmeasured(lambda: save(state, sys.argv[1], durable=DURABLE))"
+AGAIN = OURS.replace("measured", "save({'w': torch.ones(1)}, sys.argv[1])\nos.remove(sys.argv[1])\nmeasured")
 DIRECT = (
     FRESH
     + """\

@@ -73,6 +73,14 @@ def test_importing_the_package_imports_nothing_heavy(tmp_path: Path) -> None:
     assert set() == heavy("-c", "import statedict", folder=tmp_path)
 
 
+@pytest.mark.parametrize("first", ["torch", "json"])
+def test_a_door_is_ready_once_it_is_named_where_torch_is_there_already(first: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    code = f"import sys, {first}; from statedict import save; print('statedict.torch.writing' in sys.modules)"
+
+    assert f"{first == 'torch'}\n" == python("-c", code, folder=tmp_path).stdout
+
+
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     assert set() == heavy("-m", "statedict", "--help", folder=tmp_path)
 
