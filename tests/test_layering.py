@@ -31,9 +31,11 @@ LEVELS = (
 
 # Packages that aren't in the standard library, and the parts of the program that may import them.
 OUTSIDERS = {
+    "accelerate": {"torch"},
     "fsspec": {"io"},
     "gguf": {"formats"},
     "isal": {"io"},
+    "lightning": {"torch"},
     "ml_dtypes": {"numerics", "torch"},
     "numpy": {"numerics", "torch"},
     "regex": {"rules"},
@@ -42,6 +44,7 @@ OUTSIDERS = {
     "tomli_w": {"rules"},
     "tomllib": {"rules"},  # of the standard library from Python 3.11 on
     "torch": {"torch"},
+    "transformers": {"torch"},
     "xxhash": {"formats", "io", "ops", "runs", "torch"},
 }
 
