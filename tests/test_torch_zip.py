@@ -249,6 +249,16 @@ def test_two_entries_of_one_name_are_refused(records: Records, tmp_path: Path) -
         statedict.open(path)
 
 
+def test_a_flipped_bit_in_the_pickle_of_an_archive_is_refused(tmp_path: Path) -> None:
+    path = saved({"epoch": 3, "w": torch.ones(2)}, tmp_path / "m.pt")
+    data = bytearray(path.read_bytes())
+    data[data.index(b"epoch")] ^= 1
+    path.write_bytes(data)
+
+    with pytest.raises(CorruptFile, match=r"entry 'm/data.pkl' isn't as it was written: its CRC-32 differs"):
+        statedict.open(path)
+
+
 def test_an_archive_without_a_version_is_read_and_said(records: Records, tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     path.write_bytes(archive(without(records, "version")))

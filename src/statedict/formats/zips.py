@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from statedict.errors import CorruptFile, Unsupported
+from statedict.io.crc import crc32
 from statedict.io.ranges import File, read_many
 from statedict.limits import DEFAULT_LIMITS, Limits
 from statedict.manifest import Extent
@@ -230,12 +231,15 @@ def extent(entry: ZipEntry, offset: int, file_index: int = 0) -> Extent:
 
 
 def read_entry(file: File, entry: ZipEntry, limits: Limits = DEFAULT_LIMITS, *, limit: str = "header_bytes") -> bytes:
-    """The unwrapped bytes of one entry, which the limit of that name bounds; its size is checked, its CRC is not."""
+    """The unwrapped bytes of one entry, which the limit of that name bounds; its size and its CRC are checked.
+
+    A CRC of 0 is one that the writer didn't compute (``torch.serialization.set_crc32_options(False)``).
+    """
     limits.check(limit, entry.nbytes, f"entry '{entry.name}' is too long", path=file.path)
     offset = data_offset(file, entry)
     packed = file.read(offset, entry.packed_nbytes)
     if entry.method == STORED:
-        return packed
+        return _checked(file, entry, packed)
     unwrap = zlib.decompressobj(-15)
     try:
         data = unwrap.decompress(packed, entry.nbytes + 1)
@@ -251,4 +255,11 @@ def read_entry(file: File, entry: ZipEntry, limits: Limits = DEFAULT_LIMITS, *, 
             expected=entry.nbytes,
             found=len(data),
         )
+    return _checked(file, entry, data)
+
+
+def _checked(file: File, entry: ZipEntry, data: bytes) -> bytes:
+    if entry.crc and crc32(data) != entry.crc:
+        what = f"entry '{entry.name}' isn't as it was written: its CRC-32 differs"
+        raise CorruptFile(what, path=file.path, offset=entry.header_offset, hint=_CUT)
     return data
