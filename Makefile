@@ -25,7 +25,7 @@ PLAIN_MADE := $(call made,$(PLAIN),)
 TORCH_MADE := $(call made,$(TORCH),requirements/torch.txt)
 DEMO_MADE := $(call made,$(DEMO),requirements/demo.txt)
 
-.PHONY: help test demo bench lint types test-plain test-torch clean
+.PHONY: help test demo bench soak lint types test-plain test-torch clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -33,6 +33,7 @@ help:
 	@echo "make test    lint, types and all tests: in an environment without torch, then in one with it"
 	@echo "make demo    the command line on the weights of a real model (91 MB, from a Python package)"
 	@echo "make bench   the figures of docs/benchmarks.md (some minutes, 3 GB of disk)"
+	@echo "make soak    kills, power cuts, full disks, refusals and rot, thousands of each (a quarter of an hour; all of it as root, with strace)"
 	@echo "make lint    ruff: rules and format"
 	@echo "make types   mypy --strict"
 	@echo "make clean   remove the environments and caches"
@@ -65,9 +66,18 @@ bench: $(TORCH)/$(INSTALLED)
 	$(TORCH)/bin/python benchmarks/loading.py
 	$(TORCH)/bin/python benchmarks/devices.py
 
+soak: $(TORCH)/$(INSTALLED)
+	$(TORCH)/bin/python soak/kill_at_calls.py
+	$(TORCH)/bin/python soak/refused_calls.py
+	$(TORCH)/bin/python soak/limits_and_rights.py
+	$(TORCH)/bin/python soak/full_disk.py
+	$(TORCH)/bin/python soak/power_cut.py
+	$(TORCH)/bin/python soak/bit_rot.py
+	$(TORCH)/bin/python soak/kill_training.py
+
 clean:
 	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find src tests demo benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find src tests demo benchmarks soak -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(PLAIN_MADE):
 	@echo "making $(PLAIN): Python, the linter and the test tools, no torch"

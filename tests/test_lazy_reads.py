@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import statedict
+from statedict.errors import FileError
 from statedict.io.ranges import LocalFile
 
 Ranges = list[tuple[int, int]]
@@ -157,3 +160,26 @@ def test_a_file_cut_short_under_an_open_checkpoint_is_an_error(tmp_path: Path) -
 
         with pytest.raises(statedict.CorruptFile, match="ends too early"):
             checkpoint["w"].numpy()
+
+
+def test_a_file_that_the_system_tells_nothing_about_is_an_error_of_ours_and_is_closed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"12345678")
+    closed: list[int] = []
+
+    def refuse(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", refuse)
+        patched.setattr(os, "close", closed.append)
+        try:
+            LocalFile(str(path))
+        except FileError as error:
+            refusal = error
+
+    assert errno.EIO == refusal.errno
+    assert f"{path}: can't be opened: Input/output error" == str(refusal)
+    assert 1 == len(closed)

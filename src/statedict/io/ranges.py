@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from threading import Lock
 from typing import BinaryIO, NamedTuple, Protocol
@@ -74,9 +75,13 @@ class LocalFile:
             raise FileError.of(error, path, "can't be opened") from error
         except ValueError as error:
             raise FileError("can't be opened: the name holds a NUL character", path=path) from error
-        facts = os.fstat(self._fd)
+        try:
+            facts = os.fstat(self._fd)
+        except OSError as error:
+            self.close()
+            raise FileError.of(error, path, "can't be opened") from error
         if not stat.S_ISREG(facts.st_mode):
-            os.close(self._fd)
+            self.close()
             raise _no_file(path, facts.st_mode)
         self.nbytes = facts.st_size
         self.identity = (facts.st_dev, facts.st_ino)
@@ -116,9 +121,11 @@ class LocalFile:
 
     def close(self) -> None:
         """Close the descriptor; a second call does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            # Nothing was written through it: what the system says here takes nothing from what was read.
+            with suppress(OSError):
+                os.close(fd)
 
 
 class MemoryFile:

@@ -72,13 +72,16 @@ class Catalogue:
         """The numbers of all committed steps, ascending, damaged ones among them that nobody has met yet."""
         return sorted([step for step in map(step_number, self.names()) if step is not None])
 
-    def manifest(self, step: int) -> StepManifest:
-        """The manifest of a step, once it holds and every file has its size. Raises ``CorruptFile`` or ``FileError``."""
+    def manifest(self, step: int, *, anew: bool = False) -> StepManifest:
+        """The manifest of a step, once it holds and every file has its size. Raises ``CorruptFile`` or ``FileError``.
+
+        ``anew`` reads it even where its file seems to be the same: rot changes neither times nor sizes.
+        """
         folder = self.path_of(step)
         path = os.path.join(folder, MANIFEST_NAME)
         identity = self._facts(path)[2]
         kept = self._known.get(step)
-        if kept is None or kept[0] != identity:
+        if anew or kept is None or kept[0] != identity:
             kept = self._known[step] = (identity, self._read(path))
         found = kept[1]
         if found.step != step:

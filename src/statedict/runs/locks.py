@@ -56,7 +56,8 @@ class Hold:
             _held.discard(fd)
             with suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_UN)  # a child that was forked a moment ago has the descriptor still
-            os.close(fd)
+            with suppress(OSError):
+                os.close(fd)  # some file systems report here what went wrong elsewhere: the lock is gone all the same
 
     def __del__(self) -> None:
         self.let_go()

@@ -81,7 +81,7 @@ class Opener:
         except FileNotFoundError as error:
             raise CorruptFile("the step has no manifest", path=path) from error
         try:
-            manifest = catalogue.manifest(number)
+            manifest = catalogue.manifest(number, anew=self._check)
             errors = check_files(catalogue, path, manifest, first=True) if self._check else []
             if errors:
                 raise errors[0]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 
-from statedict.errors import RunError, StateDictError, StepNotFound, Uncommitted
+from statedict.errors import CorruptFile, FileError, RunError, StateDictError, StepNotFound, Uncommitted
 from statedict.formats.step import StepManifest
 from statedict.io.plans import Literal, WritePlan
 from statedict.manifest import Finding
@@ -20,8 +20,8 @@ from statedict.runs.pieces import Captured, OpenedStep
 from statedict.runs.policies import Best, Clock, Due, Keep, due_of, keep_of
 from statedict.runs.retention import lease, leftovers, prune, set_aside, spared, surplus, sweep
 from statedict.runs.signals import StopFlag
-from statedict.runs.storage import LocalStorage, Storage
-from statedict.runs.verification import StepCheck, Verification, check_step
+from statedict.runs.storage import LocalStorage, Progress, Storage
+from statedict.runs.verification import Advance, StepCheck, Verification, check_step
 from statedict.runs.writing import Before, OnPhase, Phase, StepWriter, Written, step_exists
 
 __all__ = ["RunFolder"]
@@ -110,16 +110,34 @@ class RunFolder:
         ranked = Best(metric, mode=mode).ranked([step.record for step in self.steps()])
         return self.catalogue.step(ranked[0].step) if ranked else None
 
-    def verify(self, step: int | None = None) -> Verification:
+    def verify(self, step: int | None = None, *, on_progress: Progress | None = None) -> Verification:
         """Read every byte of a step, or of all, and compare. Changes nothing, but notes in a step that it was found whole.
 
-        Raises ``StepNotFound`` for a number that isn't there, ``FileError`` for what the system doesn't let be read.
+        ``on_progress`` is told the bytes compared and those in all. Raises ``StepNotFound`` for a number that isn't there,
+        ``FileError`` for what the system doesn't let be read.
         """
         numbers = self.catalogue.numbers() if step is None else [self._existing(step)]
-        checks = [check for check in map(self._verified, numbers) if check is not None]
-        return Verification(self.folder, checks, leftovers=leftovers(self.catalogue))
+        return Verification(self.folder, self._checks(numbers, on_progress), leftovers=leftovers(self.catalogue))
 
-    def _verified(self, number: int) -> StepCheck | None:
+    def _checks(self, numbers: Sequence[int], on_progress: Progress | None) -> list[StepCheck]:
+        """What is found about each; nothing about one that was deleted meanwhile."""
+        advance = None if on_progress is None else self._advance(numbers, on_progress)
+        return [check for number in numbers if (check := self._verified(number, advance)) is not None]
+
+    def _advance(self, numbers: Sequence[int], on_progress: Progress) -> Advance:
+        done = total = 0
+        for number in numbers:
+            with suppress(CorruptFile, FileError):
+                total += self.catalogue.manifest(number).nbytes
+
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            on_progress(min(done, total), total)
+
+        return advance
+
+    def _verified(self, number: int, advance: Advance | None = None) -> StepCheck | None:
         path = self.catalogue.path_of(number)
         try:
             holding = lease(self._storage, path)
@@ -128,7 +146,7 @@ class RunFolder:
                 return None  # it was deleted meanwhile
             holding = None
         try:
-            check = check_step(self.catalogue, number)
+            check = check_step(self.catalogue, number, advance)
             self._note(path, self.catalogue.manifest(number) if check.ok else None)
             return check
         finally:
@@ -268,10 +286,10 @@ class RunFolder:
         """The steps that ``keep`` doesn't keep; ``prune`` deletes them."""
         return [] if self.keep is None else surplus(self.steps(), self.keep, time.time())
 
-    def repair(self) -> Verification:
+    def repair(self, *, on_progress: Progress | None = None) -> Verification:
         """Verify all steps, rename the damaged ones to ``step-….damaged``, and remove what dead writers have left."""
         with self._writing():
-            checks = [check for check in map(self._verified, self.catalogue.numbers()) if check is not None]
+            checks = self._checks(self.catalogue.numbers(), on_progress)
             aside = [set_aside(self.catalogue, check.step) for check in checks if not check.ok]
             swept = sweep(self.catalogue)
         left = leftovers(self.catalogue)

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from threading import Event, Thread, get_native_id
 
+from statedict.errors import one_line
+from statedict.report.units import human_bytes
 from statedict.runs.writing import Phase, Written
 
-__all__ = ["Saved"]
+__all__ = ["Saved", "duration"]
 
 # How far the thread that writes stands back: 5 changes nothing, and at 19 a busy machine lets it wait for ten seconds.
 _NICE = 10
@@ -40,6 +42,19 @@ class Saved:
     def __repr__(self) -> str:
         state = "durable" if self.durable else "failed" if self._error else "done" if self.is_done else "under way"
         return f"Saved({self.step}, {self.path!r}, {state})"
+
+    def __str__(self) -> str:
+        """``step 1000: 1.20 GB in 0.9 s (1.33 GB/s), blocked 80 ms, durable``."""
+        if not self.is_done:
+            return f"step {self.step}: under way, blocked {duration(self.blocked_ms / 1e3)}"
+        if self._error is not None:
+            return f"step {self.step}: failed, {one_line(self._error)}"
+        seconds = sum([phase.seconds for phase in self.phases.values()])
+        linked = f", {human_bytes(self.linked_nbytes)} of it linked," if self.linked_nbytes else ""
+        rate = Phase(seconds, self.nbytes - self.linked_nbytes).gb_per_s
+        fate = "durable" if self.durable else "not durable: the file system can't say"
+        took = f"{human_bytes(self.nbytes)}{linked} in {duration(seconds)} ({rate:.3g} GB/s)"
+        return f"step {self.step}: {took}, blocked {duration(self.blocked_ms / 1e3)}, {fate}"
 
     @property
     def is_done(self) -> bool:
@@ -93,3 +108,8 @@ class Saved:
             self._error = error
         finally:
             self._done.set()
+
+
+def duration(seconds: float) -> str:
+    """A duration as people read it: ``80 ms``, ``0.9 s``, ``75 s``."""
+    return f"{seconds * 1e3:.0f} ms" if seconds < 0.1 else f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"

@@ -11,24 +11,35 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext, suppress
 from threading import RLock
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from statedict.errors import KeyNotFound, StateDictError, StepExists
+from statedict.errors import KeyNotFound, StateDictError, StepExists, one_line
 from statedict.keys import near
+from statedict.report.units import human_bytes, plural
 from statedict.runs.pieces import Capturable, Captured, FellBack, OpenedStep
 from statedict.runs.policies import Due, Keep
 from statedict.runs.run import RunFolder
-from statedict.runs.saving import Saved
+from statedict.runs.saving import Saved, duration
+from statedict.runs.writing import Phase
+
+if TYPE_CHECKING:
+    from statedict.ops.trend_report import Trend
 
 __all__ = ["Restored", "TrainingRun"]
+
+# Differences that the line about a restored step names.
+_NAMED = 3
 
 
 class Restored:
     """What ``restore`` has done: ``step``, ``path``, ``metrics``, ``facts`` (of the step), ``differences`` (of the environment and the
-    hyperparameters), ``report`` (what the state says of its loading), ``fell_back`` (newer steps that couldn't be used).
+    hyperparameters), ``report`` (what the state says of its loading), ``fell_back`` (newer steps that couldn't be used), ``seconds``
+    (from the look for the step on) and ``nbytes`` (of the step, all of which are compared).
     """
 
-    def __init__(self, opened: OpenedStep, report: object) -> None:
+    def __init__(self, opened: OpenedStep, report: object, seconds: float) -> None:
+        self.seconds = seconds
+        self.nbytes = opened.manifest.nbytes
         self.step = opened.step
         self.path = opened.path
         self.metrics = dict(opened.metrics)
@@ -36,6 +47,18 @@ class Restored:
         self.differences: Any = getattr(report, "differences", ())
         self.report: Any = getattr(report, "report", report)
         self.fell_back: tuple[FellBack, ...] = opened.fell_back
+
+    def __str__(self) -> str:
+        """``step 1000: 1.20 GB restored in 0.4 s (3 GB/s), 1 difference (optimizer.0.lr), fell back from step 2000``."""
+        rate = Phase(self.seconds, self.nbytes).gb_per_s
+        text = f"step {self.step}: {human_bytes(self.nbytes)} restored in {duration(self.seconds)} ({rate:.3g} GB/s)"
+        names = [one_line(getattr(found, "name", found)) for found in self.differences]
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            text += f", {plural(len(names), 'difference')} ({', '.join(names[:_NAMED])}{more})"
+        if self.fell_back:
+            text += f", fell back from step {', '.join([str(fallen.step) for fallen in self.fell_back])}"
+        return text
 
     def __repr__(self) -> str:
         return f"Restored({self.step}, {self.path!r}{', fell back' if self.fell_back else ''})"
@@ -45,6 +68,13 @@ def _still(state: Capturable) -> AbstractContextManager[Captured]:
     """The state over memory that doesn't change until the block is left: its own, if it can be held still, else a copy."""
     still: Callable[[], AbstractContextManager[Captured]] | None = getattr(state, "still", None)
     return nullcontext(state.capture()) if still is None else still()
+
+
+def _record(state: Capturable, saved: Saved) -> None:
+    """Have the state record what the next step comes to, if it can."""
+    record: Callable[[Saved], None] | None = getattr(state, "record_next_step", None)
+    if record is not None:
+        record(saved)
 
 
 def _nbytes_of(captured: Captured) -> int:
@@ -98,18 +128,30 @@ class TrainingRun(RunFolder):
             with self._updating, _still(state) as captured:
                 saved.captured_in(time.perf_counter() - start, _nbytes_of(captured))
                 saved.run(lambda: self.write(step, captured, metrics=metrics))
+                # While the state is still: a step of another thread that waits for this is the one that follows.
+                _record(state, saved)
         else:
             with self._updating:
                 copied = state.capture()
+                _record(state, saved)
             saved.captured_in(time.perf_counter() - start, _nbytes_of(copied))
             self.note_begun(step)
             self._under_way = saved
             saved.start(lambda: self.write(step, copied, metrics=metrics))
         saved.blocked_ms = (time.perf_counter() - start) * 1e3
-        record = getattr(state, "record_next_step", None)
-        if record is not None:
-            record(saved)
         return saved
+
+    def trend(
+        self, *, only: str | Collection[str] = (), last: int | None = None, component: str | None = None
+    ) -> Trend:
+        """How the model has moved over the steps: norms, changes and update ratios by step and module, the first NaN.
+
+        ``only`` are globs for keys, ``last`` the newest so many steps, ``component`` another than the model. Reads each step once, and
+        needs numpy. Raises as ``statedict.ops.trend.trend`` does.
+        """
+        from statedict.ops.trend import trend
+
+        return trend(self, only=only, last=last, component=component)
 
     def finish(self) -> None:
         """Wait for the save that is under way. Raises the error that made it fail, once."""
@@ -133,6 +175,7 @@ class TrainingRun(RunFolder):
         ``open_step`` and the state's ``apply`` do.
         """
         self.finish()
+        start = time.perf_counter()
         opened = self.open_step(step)
         if opened is None:
             return None
@@ -143,7 +186,7 @@ class TrainingRun(RunFolder):
                     raise KeyNotFound("the step has no such component", path=opened.path, key=name, hint=hint)
             given = {name: value for name, value in options.items() if value}
             report = state.apply(opened, only=only, keep_hyperparameters=keep_hyperparameters, **given)
-            return Restored(opened, report)
+            return Restored(opened, report, time.perf_counter() - start)
 
     def close(self) -> None:
         """Wait for the save that is under way, then as ``RunFolder``. Raises the error that made that save fail."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from statedict.dtypes import BY_CODE
@@ -21,7 +21,13 @@ from statedict.report.result import Result
 from statedict.report.units import human_bytes, plural
 from statedict.runs.catalogue import NEXT_STEP_NAME, VERIFIED_NAME, Catalogue
 
-__all__ = ["StepCheck", "Verification", "check_files", "check_step"]
+__all__ = ["Advance", "StepCheck", "Verification", "check_files", "check_step"]
+
+# Bytes that are compared between two reports of how far it is.
+_REPORTED_NBYTES = 256 * 1024 * 1024
+
+# Told the bytes that were compared since it was told last.
+Advance = Callable[[int], None]
 
 
 class StepCheck(NamedTuple):
@@ -122,20 +128,22 @@ class Verification(Result):
         return Document(f"Verified {self.source}", [*blocks, *notes_of(self.findings)])
 
 
-def check_step(catalogue: Catalogue, step: int) -> StepCheck:
+def check_step(catalogue: Catalogue, step: int, advance: Advance | None = None) -> StepCheck:
     """Read every byte of a step and compare. What is wrong becomes a finding; only what the system refuses is raised (``FileError``)."""
     path = catalogue.path_of(step)
     try:
-        manifest = catalogue.manifest(step)
+        manifest = catalogue.manifest(step, anew=True)
     except CorruptFile as error:
         return StepCheck(step, path, False, 0, 0, 0, (_finding(error),))
-    errors = check_files(catalogue, path, manifest)
+    errors = check_files(catalogue, path, manifest, advance=advance)
     findings = [_finding(error) for error in errors] + _strangers(catalogue, path, manifest)
     tensors = sum([counts.get("tensors", 0) for counts in manifest.inventory.values()])
     return StepCheck(step, path, not errors, len(manifest.files), tensors, manifest.nbytes, tuple(findings))
 
 
-def check_files(catalogue: Catalogue, path: str, manifest: StepManifest, *, first: bool = False) -> list[CorruptFile]:
+def check_files(
+    catalogue: Catalogue, path: str, manifest: StepManifest, *, first: bool = False, advance: Advance | None = None
+) -> list[CorruptFile]:
     """What isn't as it was written, file by file and tensor by tensor; with ``first`` only the first of it."""
     errors: list[CorruptFile] = []
     for record in manifest.files.values():
@@ -147,13 +155,15 @@ def check_files(catalogue: Catalogue, path: str, manifest: StepManifest, *, firs
             errors.append(error)
             continue
         try:
-            errors += _check_file(catalogue, manifest, record, file)
+            errors += _check_file(catalogue, manifest, record, file, advance)
         finally:
             file.close()
     return errors
 
 
-def _check_file(catalogue: Catalogue, manifest: StepManifest, record: FileRecord, file: File) -> list[CorruptFile]:
+def _check_file(
+    catalogue: Catalogue, manifest: StepManifest, record: FileRecord, file: File, advance: Advance | None
+) -> list[CorruptFile]:
     try:
         if not record.header_nbytes:
             if record.name != STATE_NAME:
@@ -164,7 +174,7 @@ def _check_file(catalogue: Catalogue, manifest: StepManifest, record: FileRecord
     except StateDictError as error:
         return [_as_corrupt(error, file.path)]
     try:
-        _verify(file, stored)
+        _verify(file, stored, advance)
     except CorruptFile as error:
         return [error, *_others(file, stored, error)]
     return []
@@ -179,10 +189,26 @@ def _as_corrupt(error: StateDictError, path: str) -> CorruptFile:
     return CorruptFile(error.what, path=error.path or path, key=error.key, offset=error.offset)
 
 
-def _verify(file: File, stored: Sequence[Stored]) -> None:
+def _verify(file: File, stored: Sequence[Stored], advance: Advance | None = None) -> None:
     items = [Checked(each.storage, 0, _entry(each)) for each in stored]
     nbytes = sum([each.storage.nbytes for each in stored])
-    verify_sums(StorageReader([file]), items, choose_reading(file if isinstance(file, LocalFile) else None, nbytes))
+    reading = choose_reading(file if isinstance(file, LocalFile) else None, nbytes)
+    for some in _batches(items, nbytes if advance is None else _REPORTED_NBYTES):
+        verify_sums(StorageReader([file]), some, reading)
+        if advance is not None:
+            advance(sum([item.storage.nbytes for item in some]))
+
+
+def _batches(items: Sequence[Checked], most: int) -> Iterator[Sequence[Checked]]:
+    """The storages in runs of about so many bytes."""
+    first = nbytes = 0
+    for at, item in enumerate(items):
+        nbytes += item.storage.nbytes
+        if nbytes >= most:
+            yield items[first : at + 1]
+            first, nbytes = at + 1, 0
+    if first < len(items):
+        yield items[first:]
 
 
 def _others(file: File, stored: Sequence[Stored], first: CorruptFile) -> list[CorruptFile]:
