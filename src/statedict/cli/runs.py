@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 __all__ = ["configure", "run"]
 
 _ABOUT = """\
-Show the steps of a training run, read every byte of them, delete those that nobody keeps, or set damaged ones aside.
-Exit code 0 says that all is well, 1 that steps are damaged.
+Show the steps of a training run, how its model has moved over them, read every byte of them, delete those that nobody
+keeps, or set damaged ones aside. Exit code 0 says that all is well, 1 that steps are damaged or have NaN or Inf.
 """
 
 _EXAMPLES = """\
@@ -22,12 +22,13 @@ examples:
   statedict runs run
   statedict runs run verify
   statedict runs run show 1000
+  statedict runs run trend --last 20 --only 'encoder.*'
   statedict runs run prune --latest 3 --best val_loss:2 --dry-run
   statedict runs run repair
   statedict compare run#1000 run#2000
 """
 
-_ACTIONS = ("list", "verify", "prune", "show", "repair")
+_ACTIONS = ("list", "verify", "prune", "show", "repair", "trend")
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -44,6 +45,11 @@ def configure(parser: ArgumentParser) -> None:
     )
     group.add_argument("--every", metavar="N", type=_count, help="the steps whose number is a multiple of N")
     group.add_argument("--within", metavar="HOURS", type=_hours, help="the steps of the last hours")
+    group = parser.add_argument_group("what trend looks at: all floating numbers of the model, at every step")
+    about = "only the tensors whose key matches as a whole, such as '*.bias'; can be given again"
+    group.add_argument("--only", metavar="GLOB", action="append", default=[], help=about)
+    group.add_argument("--last", metavar="N", type=_count, help="the newest N steps")
+    group.add_argument("--component", metavar="NAME", help="another component than the model, such as ema")
     parser.add_argument("--dry-run", action="store_true", help="delete nothing; show what prune would delete")
     parser.add_argument("--overwrite", action="store_true", help="replace the file of -o")
 
@@ -78,11 +84,17 @@ def run(options: Namespace, console: Console) -> int:
                 )
             return _show(folder, options.step, console)
         if options.action in ("verify", "repair"):
-            result = folder.repair() if options.action == "repair" else folder.verify(options.step)
+            with console.progress("verifying") as progress:
+                if options.action == "repair":
+                    result = folder.repair(on_progress=progress)
+                else:
+                    result = folder.verify(options.step, on_progress=progress)
             console.show(result)
             return 0 if result else 1
         if options.action == "prune":
             return _prune(folder, options, console)
+        if options.action == "trend":
+            return _trend(folder, options, console)
         from statedict.runs.overview import overview
 
         found = overview(folder)
@@ -115,6 +127,16 @@ def _show(folder: RunFolder, step: int, console: Console) -> int:
     with opened:
         console.show(inspect(opened.path), view="folded")
     return 0
+
+
+def _trend(folder: RunFolder, options: Namespace, console: Console) -> int:
+    from statedict.ops.trend import trend
+
+    with console.progress("reading") as progress:
+        only, last, component = options.only, options.last, options.component
+        found = trend(folder, only=only, last=last, component=component, on_progress=progress)
+    console.show(found)
+    return 0 if found else 1
 
 
 def _prune(folder: RunFolder, options: Namespace, console: Console) -> int:
