@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +15,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from statedict.checkpoint import of_memory  # noqa: E402
 from statedict.doors import TrainingState  # noqa: E402
-from statedict.errors import StateDictError  # noqa: E402
+from statedict.errors import RunError, StateDictError  # noqa: E402
 from statedict.runs import TrainingRun  # noqa: E402
 from statedict.runs.catalogue import NEXT_STEP_NAME  # noqa: E402
+from statedict.runs.pieces import Captured  # noqa: E402
 from statedict.runs.run import RunFolder  # noqa: E402
+from statedict.runs.saving import duration  # noqa: E402
 from statedict.torch.optimizers.loading import load_optimizer  # noqa: E402
+from statedict.torch.training.environment import Difference  # noqa: E402
 
 
 def make(seed: int) -> tuple[Any, Any, Any]:
@@ -238,3 +245,75 @@ def test_state_that_is_handed_over_is_the_optimizers_and_else_it_is_copied(adopt
     # Six tensors: step, exp_avg and exp_avg_sq of the weight and of the bias.
     assert (6 if adopt else 0) == shared(first, second) == shared(first, source)
     assert model.weight.shape == next(iter(first.state)).shape
+
+
+# -------------------------------------------------------------------- in one line
+
+
+class Plain:
+    """A state without torch's parts: 4 MB that never change."""
+
+    def __init__(self) -> None:
+        self.still_weights = of_memory({"w": torch.zeros(1_000_000)})
+        self.differences = [Difference(f"group.{number}", 1, 2) for number in range(5)]
+
+    def capture(self) -> Captured:
+        return Captured({"model": self.still_weights})
+
+    def apply(self, step: Any, **options: Any) -> Plain:
+        return self
+
+
+def test_a_save_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = threading.Event()
+    with TrainingRun(tmp_path / "run") as run:
+        first = str(run.save(1, Plain()))  # type: ignore[arg-type]
+        second = str(run.save(2, Plain()))  # type: ignore[arg-type]
+        while_writing(run, lambda: await_event(started), monkeypatch)
+        saving = run.save(3, Plain(), wait=False)  # type: ignore[arg-type]
+        under_way = str(saving)
+        started.set()
+        saving.wait()
+        while_writing(run, refuse, monkeypatch)
+        failing = run.save(4, Plain(), wait=False)  # type: ignore[arg-type]
+        with pytest.raises(RunError):
+            failing.wait()
+    speed = r"in [\d.]+ m?s \([\d.e+-]+ GB/s\), blocked [\d.]+ m?s, durable"
+
+    assert re.fullmatch(rf"step 1: 4\.00 MB {speed}", first)
+    assert re.fullmatch(rf"step 2: 4\.00 MB, 4\.00 MB of it linked, {speed}", second)
+    assert re.fullmatch(r"step 3: under way, blocked [\d.]+ m?s", under_way)
+    assert str(failing).startswith("step 4: failed, ") and "No space left" in str(failing)
+
+
+def await_event(event: threading.Event) -> None:
+    assert event.wait(60.0)
+
+
+def refuse() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_restore_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = Plain()
+    with TrainingRun(tmp_path / "run") as run:
+        for number in (1, 2):
+            run.save(number, state)  # type: ignore[arg-type]
+        path = tmp_path / "run" / "step-00000002" / "state.json"
+        path.write_bytes(path.read_bytes().swapcase())
+        fallen = str(run.restore(state))  # type: ignore[arg-type]
+        state.differences = []
+        plain = str(run.restore(state))  # type: ignore[arg-type]
+    took = r"step 1: 4\.00 MB restored in [\d.]+ m?s \([\d.e+-]+ GB/s\)"
+
+    assert re.fullmatch(took, plain)
+    assert re.fullmatch(
+        took + r", 5 differences \(group\.0, group\.1, group\.2 and 2 more\), fell back from step 2", fallen
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0, "0 ms"), (0.0804, "80 ms"), (0.1, "0.1 s"), (0.94, "0.9 s"), (75.2, "75 s")]
+)
+def test_a_duration_is_short(seconds: float, text: str) -> None:
+    assert text == duration(seconds)
