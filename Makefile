@@ -65,6 +65,8 @@ bench: $(TORCH)/$(INSTALLED)
 	$(TORCH)/bin/python benchmarks/saving.py
 	$(TORCH)/bin/python benchmarks/loading.py
 	$(TORCH)/bin/python benchmarks/devices.py
+	$(TORCH)/bin/python benchmarks/training.py
+	$(TORCH)/bin/python benchmarks/steps.py
 
 soak: $(TORCH)/$(INSTALLED)
 	$(TORCH)/bin/python soak/kill_at_calls.py

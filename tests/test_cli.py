@@ -85,7 +85,7 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["inspct", "x"], "there is no verb 'inspct'. Did you mean statedict inspect?"),
         (
             ["\x1b[2J"],
-            "there is no verb '\\x1b[2J'. There is: inspect, compare, convert, average, runs. See statedict --help",
+            "there is no verb '\\x1b[2J'. There is: inspect, compare, convert, average, doctor, runs. See statedict --help",
         ),
         (["--format", "json"], "the verb comes first, then --format. See statedict --help"),
         (["inspect"], "the following arguments are required: SOURCE. See statedict inspect --help"),

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from statedict.ops.compare import compare
     from statedict.ops.comparing.comparison import Comparison
     from statedict.ops.convert import Conversion, convert
+    from statedict.ops.diagnose import Diagnosis, diagnose
+    from statedict.ops.diagnosing.probes import Probe
     from statedict.ops.inspect import Inspection, inspect
     from statedict.ops.load_report import LoadReport
     from statedict.ops.remapping import remap
@@ -71,6 +73,7 @@ __all__ = [
     "Comparison",
     "Conversion",
     "CorruptFile",
+    "Diagnosis",
     "Engine",
     "Every",
     "FileError",
@@ -85,6 +88,7 @@ __all__ = [
     "LoadReport",
     "Minutes",
     "MissingDependency",
+    "Probe",
     "ReadReport",
     "Restored",
     "RuleError",
@@ -111,6 +115,7 @@ __all__ = [
     "compare",
     "compare_state_dicts",
     "convert",
+    "diagnose",
     "filter_state_dict",
     "inspect",
     "inspect_state_dict",
@@ -132,6 +137,7 @@ _HOMES = {
     "Checkpoint": "statedict.checkpoint",
     "Comparison": "statedict.ops.comparing.comparison",
     "Conversion": "statedict.ops.convert",
+    "Diagnosis": "statedict.ops.diagnose",
     "Engine": "statedict.io.engine",
     "Every": "statedict.runs.policies",
     "Inspection": "statedict.ops.inspect",
@@ -140,6 +146,7 @@ _HOMES = {
     "Limits": "statedict.limits",
     "LoadReport": "statedict.ops.load_report",
     "Minutes": "statedict.runs.policies",
+    "Probe": "statedict.ops.diagnosing.probes",
     "ReadReport": "statedict.ops.transfers",
     "Restored": "statedict.runs.training_run",
     "SaveReport": "statedict.ops.transfers",
@@ -154,6 +161,7 @@ _HOMES = {
     "compare": "statedict.ops.compare",
     "compare_state_dicts": "statedict.ops.chapter",
     "convert": "statedict.ops.convert",
+    "diagnose": "statedict.ops.diagnose",
     "filter_state_dict": "statedict.doors",
     "inspect": "statedict.ops.inspect",
     "inspect_state_dict": "statedict.ops.chapter",

@@ -14,7 +14,21 @@ from statedict.manifest import Storage, TensorEntry, TorchValue
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["StorageOf", "entry_of", "is_module", "is_tensor", "need_torch", "small_value", "state_dict", "to_torch"]
+__all__ = [
+    "StorageOf",
+    "entry_of",
+    "examine_live",
+    "is_module",
+    "is_optimizer",
+    "is_scheduler",
+    "is_tensor",
+    "need_torch",
+    "probed",
+    "side_of_module",
+    "small_value",
+    "state_dict",
+    "to_torch",
+]
 
 # Gives the storage of a key; the object keeps its memory, and the function gives bytes and byte order when it is new. It is given
 # a dict for what the storages of one gathering share.
@@ -45,6 +59,18 @@ def is_module(value: object) -> bool:
     return _is_a(value, "torch.nn.modules.module", "Module")
 
 
+def is_optimizer(value: object) -> bool:
+    """Whether the value is an optimizer of torch's, or of a class that inherits from it."""
+    return _is_a(value, "torch.optim.optimizer", "Optimizer")
+
+
+def is_scheduler(value: object) -> bool:
+    """Whether the value is a learning rate scheduler of torch's, or of a class that inherits from one."""
+    return _is_a(value, "torch.optim.lr_scheduler", "LRScheduler") or _is_a(
+        value, "torch.optim.lr_scheduler", "ReduceLROnPlateau"
+    )
+
+
 def state_dict(module: Any) -> object:
     """The module's state dict."""
     return module.state_dict()
@@ -71,3 +97,24 @@ def to_torch(tensor: Any) -> torch.Tensor:
 
     made: torch.Tensor = to_torch(tensor)
     return made
+
+
+def side_of_module(module: Any) -> Any:
+    """What a module wants to be filled, as a ``statedict.aligning.Side``: names, shapes, ties, classes, buffers of its own."""
+    from statedict.torch.targets import side_of_module
+
+    return side_of_module(module)
+
+
+def probed(module: Any, source: Any, alignment: Any, probe: object) -> Any:
+    """A plan tried on a copy of a module: ``.alignment`` with what that decides, and ``.findings``. ``source`` are ``Weights``."""
+    from statedict.torch.probing.probing import probed
+
+    return probed(module, source, alignment, probe)
+
+
+def examine_live(target: Any, source: Any) -> Any:
+    """What is to be said of loading a checkpoint's state into an optimizer or a scheduler: an ``Examination``. Nothing is changed."""
+    from statedict.torch.optimizers.diagnosing import examine_optimizer, examine_scheduler
+
+    return (examine_optimizer if is_optimizer(target) else examine_scheduler)(target, source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from statedict.limits import DEFAULT_LIMITS, Limits
@@ -22,6 +22,7 @@ VERBS = {
     "compare": "show what differs between two checkpoints",
     "convert": "write a checkpoint again, as .safetensors or .pth",
     "average": "write the mean of several checkpoints",
+    "doctor": "say what is wrong with a checkpoint, and what makes it fit",
     "runs": "show the steps of a training run, verify, prune and repair them",
 }
 
@@ -39,6 +40,7 @@ examples:
   statedict compare before.pth after.pth
   statedict convert model.pth model.safetensors
   statedict average epoch-8.pth epoch-9.pth -o mean.safetensors
+  statedict doctor model.pth
   statedict runs run verify
 
 statedict VERB --help says more; statedict --version, the version.
@@ -84,7 +86,8 @@ def _verb(name: str, arguments: list[str]) -> tuple[Run, Namespace]:
     module = import_module(f"statedict.cli.{name}")
     parser = Parser(prog=f"statedict {name}", formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     module.configure(parser)
-    add_common(parser, takes_output=getattr(module, "TAKES_OUTPUT", False))
+    more = getattr(module, "FORMATS", ())
+    add_common(parser, takes_output=getattr(module, "TAKES_OUTPUT", False), formats=(*FORMATS, *more))
     run: Run = module.run
     return run, parser.parse_args(arguments)
 
@@ -102,10 +105,10 @@ def _unknown(word: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def add_common(parser: ArgumentParser, *, takes_output: bool = False) -> None:
+def add_common(parser: ArgumentParser, *, takes_output: bool = False, formats: Sequence[str] = FORMATS) -> None:
     """The options that every verb has. ``takes_output`` leaves -o to the verb: its result goes to stdout."""
     group = parser.add_argument_group("output")
-    group.add_argument("--format", choices=FORMATS, default="text", help="how the result is shown (text)")
+    group.add_argument("--format", choices=formats, default="text", help="how the result is shown (text)")
     if takes_output:
         parser.set_defaults(output="-")
     else:

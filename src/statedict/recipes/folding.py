@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from statedict.numerics.arrays import Array
     from statedict.numerics.folding import BatchNorm
 
-__all__ = ["FoldedBatchNormBias", "FoldedBatchNormWeight", "FoldedWeightNorm", "MergedLora"]
+__all__ = [
+    "FoldedBatchNormBias",
+    "FoldedBatchNormWeight",
+    "FoldedWeightNorm",
+    "MergedLora",
+    "Scaled",
+    "check_floats",
+    "vector",
+]
 
 # Channels whose numbers are kept in memory: 32 MiB of them in float64, far more than any layer has.
 _MOST_CHANNELS = 4 * 1024 * 1024
@@ -28,7 +36,7 @@ _MOST_CHANNELS = 4 * 1024 * 1024
 _BLOCK_ELEMENTS = 512 * 1024
 
 
-class _Scaled(Computed):
+class Scaled(Computed):
     """A tensor whose every channel is multiplied by a number, which is found when it is first needed."""
 
     def __init__(self, source: LazyTensor, dim: int | None) -> None:
@@ -58,7 +66,7 @@ class _Scaled(Computed):
         raise NotImplementedError
 
 
-class FoldedWeightNorm(_Scaled):
+class FoldedWeightNorm(Scaled):
     """The weight that weight normalisation computes: ``v * g / norm(v)``, with the norm over all dimensions but ``dim``.
 
     ``dim`` None or -1 is the norm over all of ``v``, as in ``torch.nn.utils.weight_norm``; ``g`` has one element for each slice along
@@ -69,7 +77,7 @@ class FoldedWeightNorm(_Scaled):
         keys = [g.entry.key, v.entry.key]
         self.name = f"weight norm of {keys[0]} and {keys[1]}"
         at = None if dim in (None, -1) else checked_dim(dim or 0, len(v.shape), "weight norm", keys)
-        _check_floats("weight norm", g, v)
+        check_floats("weight norm", g, v)
         super().__init__(v, at)
         _check_channels("weight norm", g, self._channels)
         self._magnitude = g
@@ -86,7 +94,7 @@ class FoldedWeightNorm(_Scaled):
         return norm_scales(sums.sums, self._magnitude.read(), self._magnitude.entry.dtype)
 
 
-class FoldedBatchNormWeight(_Scaled):
+class FoldedBatchNormWeight(Scaled):
     """The weight of a layer with the batch norm behind it folded in: ``weight * gamma / sqrt(var + eps)`` along ``dim``.
 
     ``dim`` is 0 for convolutions and linear layers, 1 for transposed convolutions; ``gamma`` None is a norm without affine parameters.
@@ -97,7 +105,7 @@ class FoldedBatchNormWeight(_Scaled):
         self, weight: LazyTensor, gamma: LazyTensor | None, var: LazyTensor, eps: float = 1e-5, dim: int = 0
     ) -> None:
         self.name = f"batch norm folded into {weight.entry.key}"
-        _check_floats("batch norm", weight, gamma, var)
+        check_floats("batch norm", weight, gamma, var)
         super().__init__(weight, checked_dim(dim, len(weight.shape), "batch norm", [weight.entry.key]))
         for each in (gamma, var):
             _check_channels("batch norm", each, self._channels)
@@ -130,7 +138,7 @@ class FoldedBatchNormBias:
         if len(self.shape) != 1 or self.shape[0] > _MOST_CHANNELS:
             found = list(self.shape)
             raise RuleError("batch norm: this is no mean of channels", key=mean.entry.key, found=found)
-        _check_floats("batch norm", bias, gamma, beta, mean, var)
+        check_floats("batch norm", bias, gamma, beta, mean, var)
         for each in (bias, gamma, beta, var):
             _check_channels("batch norm", each, self.shape[0])
         self._bias, self._gamma, self._beta, self._mean, self._var, self._eps = bias, gamma, beta, mean, var, eps
@@ -142,8 +150,8 @@ class FoldedBatchNormBias:
         with self._lock:
             if self._made is None:
                 norm = _batch_norm(self._gamma, self._var, self._eps)
-                mean = _vector(self._mean)
-                bias, beta = (None if each is None else _vector(each) for each in (self._bias, self._beta))
+                mean = vector(self._mean)
+                bias, beta = (None if each is None else vector(each) for each in (self._bias, self._beta))
                 self._made = norm.bias(bias, beta, mean, self.dtype)
         buffer[:] = self._made[offset : offset + len(buffer)]
 
@@ -160,7 +168,7 @@ class MergedLora(Computed):
         self, base: LazyTensor, a: LazyTensor, b: LazyTensor, scaling: float, transposed: bool = False
     ) -> None:
         self.name = f"{base.entry.key} with the adapter {a.entry.key}"
-        _check_floats("adapter", base, a, b)
+        check_floats("adapter", base, a, b)
         self._rank = _rank(base, a, b, transposed)
         if not isfinite(scaling):
             raise RuleError("adapter: the scaling is no number", key=base.entry.key, found=scaling)
@@ -242,17 +250,17 @@ def _rank(base: LazyTensor, a: LazyTensor, b: LazyTensor, transposed: bool) -> i
 def _batch_norm(gamma: LazyTensor | None, var: LazyTensor, eps: float) -> BatchNorm:
     from statedict.numerics.folding import BatchNorm
 
-    return BatchNorm(None if gamma is None else _vector(gamma), _vector(var), eps)
+    return BatchNorm(None if gamma is None else vector(gamma), vector(var), eps)
 
 
-def _vector(tensor: LazyTensor) -> Array:
+def vector(tensor: LazyTensor) -> Array:
     """The numbers of a small tensor in float64."""
     from statedict.numerics.casting import as_float
 
     return as_float(tensor.read(), tensor.entry.dtype, True)
 
 
-def _check_floats(what: str, *tensors: LazyTensor | None) -> None:
+def check_floats(what: str, *tensors: LazyTensor | None) -> None:
     """Raise ``RuleError`` for a tensor that isn't of floats, and whatever keeps one from being read."""
     from statedict.numerics.casting import is_castable
 

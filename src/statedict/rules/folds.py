@@ -19,7 +19,7 @@ from statedict.rules.rule import Rule, Step, matches_nothing, refuse_collisions
 if TYPE_CHECKING:
     from statedict.recipes.derived import Recipe
 
-__all__ = ["Fold", "FoldBatchNorm", "FoldWeightNorm", "MergeLora"]
+__all__ = ["Fold", "FoldBatchNorm", "FoldWeightNorm", "Folding", "MergeLora"]
 
 
 class Fold(NamedTuple):
@@ -31,7 +31,7 @@ class Fold(NamedTuple):
     make: Callable[[Draft], Recipe] | None  # None: the tensor ``like`` as it is, under the key
 
 
-class _Folding(Rule):
+class Folding(Rule):
     """The ways of folding have in common that some keys go and few come."""
 
     __slots__ = ()
@@ -76,7 +76,7 @@ class _Folding(Rule):
         return made._replace(attributes={}, kind="Tensor" if fold.like.kind == "Buffer" else fold.like.kind)
 
 
-class FoldWeightNorm(_Folding):
+class FoldWeightNorm(Folding):
     """Weights as a size and a direction (``weight_g`` and ``weight_v``, or torch's parametrization) become plain weights.
 
     Sources: torch/nn/utils/weight_norm.py and torch/nn/utils/parametrizations.py.
@@ -125,7 +125,7 @@ def _weight_norm_of(key: str) -> tuple[str, str] | None:
     return None
 
 
-class FoldBatchNorm(_Folding):
+class FoldBatchNorm(Folding):
     """The statistics of a batch normalisation go into the weights before it, as they are when a network is used.
 
     Source: torch/nn/utils/fusion.py, ``fuse_conv_bn_weights``.
@@ -180,7 +180,7 @@ class FoldBatchNorm(_Folding):
         ]
 
 
-class MergeLora(_Folding):
+class MergeLora(Folding):
     """Low-rank changes go into the weights that they change: ``weight + scaling · B A``.
 
     Names as peft gives them: ``M.lora_A.weight`` and ``M.lora_B.weight``, or ``M.lora_A.NAME.weight``, beside ``M.weight`` or

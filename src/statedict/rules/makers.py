@@ -8,7 +8,7 @@ from typing import Any
 
 from statedict.errors import RuleError, one_line
 from statedict.keys import Path
-from statedict.rules import each, folds, joins, stacks, ties
+from statedict.rules import each, folds, joins, orders, products, stacks, ties
 from statedict.rules.kinds import AddPrefix, AddWrapper, Drop, Keep, Select, StripPrefix, StripWrapper
 from statedict.rules.renaming import Rename
 from statedict.rules.rule import Rule
@@ -21,6 +21,9 @@ __all__ = [
     "deinterleave",
     "drop",
     "fold_batch_norm",
+    "fold_pruning",
+    "fold_scale",
+    "fold_spectral_norm",
     "fold_weight_norm",
     "interleave",
     "keep",
@@ -29,6 +32,7 @@ __all__ = [
     "pad",
     "permute",
     "rename",
+    "reorder",
     "reshape",
     "select",
     "slice",
@@ -131,6 +135,17 @@ def reshape(glob: str, *shape: int | Sequence[int]) -> Rule:
     return each.Reshape(_text("reshape", glob), _ints("reshape", shape))
 
 
+def reorder(glob: str, view: Sequence[int], order: Sequence[int], dim: int = 0) -> Rule:
+    """The indices of a dimension in another order: seen as ``view`` (one size may be -1), whose parts change places as ``order`` says.
+
+    ``reorder("layers.{n}.wq.weight", (heads, -1, 2), (0, 2, 1))`` makes halves of rotary pairs that lie side by side.
+    """
+    sizes, places = _ints("reorder", (view,)), _ints("reorder", (order,))
+    if sorted(places) != list(range(len(sizes))) or sizes.count(-1) > 1 or any(not size or size < -1 for size in sizes):
+        raise RuleError("reorder takes sizes and an order of as many places", found=f"{list(sizes)}, {list(places)}")
+    return orders.Reorder(_text("reorder", glob), sizes, places, _int("reorder", dim))
+
+
 def squeeze(glob: str, dim: int) -> Rule:
     """A dimension of size 1 is taken out."""
     return each.Squeeze(_text("squeeze", glob), _int("squeeze", dim))
@@ -211,6 +226,35 @@ def fold_batch_norm(conv: str, bn: str, eps: float = 1e-5, transposed: bool = Fa
     """
     names = _text("fold_batch_norm", conv), _text("fold_batch_norm", bn)
     return folds.FoldBatchNorm(*names, _number("fold_batch_norm", eps), bool(transposed))
+
+
+def fold_pruning(glob: str = "*") -> Rule:
+    """``weight_orig`` and ``weight_mask``, as torch's pruning names them, become ``weight`` in the modules that the glob matches."""
+    return products.FoldPruning(_text("fold_pruning", glob))
+
+
+def fold_spectral_norm(glob: str = "*", dim: int = 0) -> Rule:
+    """``weight_orig``, ``weight_u`` and ``weight_v`` (or torch's parametrization) become ``weight``, as it is in evaluation.
+
+    ``dim`` is that of the output channels: 1 for transposed convolutions.
+    """
+    return products.FoldSpectralNorm(_text("fold_spectral_norm", glob), _int("fold_spectral_norm", dim))
+
+
+def fold_scale(
+    weight: str, scale: str, factor: float = 1.0, block: Sequence[int] | None = None, dtype: str | None = None
+) -> Rule:
+    """Quantised weights become floats: ``fold_scale("{m...}.weight", "{m...}.weight_scale_inv")`` multiplies each with its scales.
+
+    A scale is that of the whole weight, of a row, or of a block of it; ``block`` are the sizes of a block where the shapes don't say them.
+    ``factor`` is one more number: 1/127 for the ``SCB`` of bitsandbytes. ``dtype`` is that of the result, else that of the scale.
+    """
+    sizes = None if block is None else _ints("fold_scale", (block,))
+    if sizes is not None and any(size < 1 for size in sizes):
+        raise RuleError("fold_scale takes sizes of blocks of at least 1", found=list(sizes))
+    names = _text("fold_scale", weight), _text("fold_scale", scale)
+    named = None if dtype is None else _text("fold_scale", dtype)
+    return products.FoldScale(*names, _number("fold_scale", factor), sizes, named)
 
 
 def merge_lora(glob: str = "*", scaling: float | None = None, alpha: float | None = None) -> Rule:

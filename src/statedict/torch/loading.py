@@ -13,15 +13,12 @@ from statedict.errors import KeyMismatch, StateDictError, one_line
 from statedict.io.engine import AUTOMATIC, Engine
 from statedict.keys import Path, escaped
 from statedict.limits import Limits
-from statedict.manifest import Container, Finding, Node
-from statedict.nodes import components
 from statedict.ops.load_report import LoadReport
-from statedict.ops.state_items import state_items, tensor_shapes
-from statedict.prefixes import Repair, containers_of, find_repair
+from statedict.ops.optimizers.places import is_optimizer, one_optimizer, optimizer_paths
 from statedict.rules import Rules, apply, select
 from statedict.torch.modules.fitting import Choices
 from statedict.torch.modules.loading import load_module
-from statedict.torch.modules.targets import Target
+from statedict.torch.modules.repairing import advice, load_repaired
 from statedict.torch.reading import load_tree
 from statedict.torch.storages import Options
 
@@ -88,31 +85,11 @@ def _device(value: Any) -> str | None:
 
 
 def _into_module(module: torch.nn.Module, checkpoint: Checkpoint, rules: Any, choices: Choices) -> LoadReport:
-    if rules != "auto":
-        applied = Rules.of(rules)
-        checkpoint = apply(checkpoint, applied) if applied else checkpoint
-        return load_module(module, checkpoint, choices, rules=applied, hint=lambda: _advice(checkpoint, module))
-    repair = _repair(checkpoint, module)
-    if repair is None:
-        return load_module(module, checkpoint, choices)
-    if repair.candidates:
-        raise KeyMismatch("the weights in the file aren't certain", hint=repair.advice)
-    report = load_module(module, apply(checkpoint, repair.rules), choices, rules=repair.rules)
-    report.findings = (*report.findings, *[Finding("repair", "info", note) for note in repair.notes])
-    return report
-
-
-def _repair(checkpoint: Checkpoint, module: torch.nn.Module) -> Repair | None:
-    """The rules that make more of the names fit, if there are such."""
-    target = Target(module)
-    shapes = tensor_shapes(state_items(checkpoint, target.slots))
-    return find_repair(shapes, target.shapes, containers=containers_of(checkpoint.manifest.structure))
-
-
-def _advice(checkpoint: Checkpoint, module: torch.nn.Module) -> str | None:
-    """What to type where the names don't fit."""
-    repair = _repair(checkpoint, module)
-    return None if repair is None else repair.advice
+    if rules == "auto":
+        return load_repaired(module, checkpoint, choices)
+    applied = Rules.of(rules)
+    checkpoint = apply(checkpoint, applied) if applied else checkpoint
+    return load_module(module, checkpoint, choices, rules=applied, hint=lambda: advice(checkpoint, module))
 
 
 # -------------------------------------------------------------------- optimizers
@@ -130,7 +107,7 @@ def _into_optimizer(
 
     applied: list[object] = []
     if rules == "auto":
-        path = _optimizer_path(checkpoint)
+        path = one_optimizer(checkpoint)
         if path:
             applied = [select(path)]
             checkpoint = checkpoint.at(path)
@@ -153,40 +130,9 @@ def _into_optimizer(
     return report
 
 
-def _is_optimizer(node: Node) -> bool:
-    if not isinstance(node, Container):
-        return False
-    names = set(map(str, node.keys))
-    return "param_groups" in names or any(name.startswith("param_groups.") for name in names)
-
-
-def _optimizer_path(checkpoint: Checkpoint) -> Path:
-    """Where the state of an optimizer stands; empty if the checkpoint is one. Raises ``KeyMismatch`` where several do, or none."""
-    found = _optimizer_paths(checkpoint.manifest.structure)
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise KeyMismatch("there is no state of an optimizer in it", hint="It has keys 'state' and 'param_groups'")
-    names = ", ".join(f"at={escaped(path)!r}" for path in found[:5])
-    raise KeyMismatch("there are the states of several optimizers in it", hint=f"Say which: {names}")
-
-
-def _optimizer_paths(root: Node) -> list[Path]:
-    found: list[Path] = []
-    pending: list[tuple[Path, Node]] = [((), root)]
-    while pending:
-        path, node = pending.pop()
-        if _is_optimizer(node):
-            found.append(path)
-        elif isinstance(node, Container) and len(path) < 6:
-            parts = components(node.keys)
-            pending.extend(((*path, parts[i]), node.children[i]) for i in range(len(parts) - 1, -1, -1))
-    return found
-
-
 def _expect_optimizer(checkpoint: Checkpoint) -> None:
-    if _is_optimizer(checkpoint.manifest.structure):
+    if is_optimizer(checkpoint.manifest.structure):
         return
-    found = _optimizer_paths(checkpoint.manifest.structure)
+    found = optimizer_paths(checkpoint.manifest.structure)
     words = f'Pass at={escaped(found[0])!r}, or rules="auto"' if len(found) == 1 else None
     raise KeyMismatch("this is no state dict of an optimizer: it has no 'param_groups'", hint=words)

@@ -40,6 +40,7 @@ class Choices(NamedTuple):
     allow_empty: bool = False
     engine: Engine = AUTOMATIC
     dry_run: bool = False
+    kept: frozenset[str] = frozenset()  # keys of the target that may stay as they are, whatever ``strict`` says
 
 
 class Fitting(NamedTuple):
@@ -190,8 +191,9 @@ class Fit:
             # What the module's own code would raise for is no gap that can be left.
             beyond = {key: pair for key, pair in found.sizes.items() if key not in self._state.items}
             found = Mismatches(sizes=beyond, refused=found.refused, problems={} if self.is_plain else found.problems)
+        found = found._replace(missing=[key for key in found.missing if key not in self._choices.kept])
         if found:
-            words = hint() if hint is not None and (found.missing or found.unexpected) else None
+            words = hint() if hint is not None and (found.missing or found.unexpected or found.sizes) else None
             raise found.error(self._state.source, self._target.name, words or _advice(found))
         if not fitting.pairs and not fitting.values and self._target.slots and not self._choices.allow_empty:
             every = Mismatches(list(self._target.slots), list(self._state.items))

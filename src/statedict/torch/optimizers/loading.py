@@ -9,10 +9,10 @@ import torch
 
 from statedict.errors import KeyMismatch, SpecMismatch, Unsupported, one_line
 from statedict.ops.load_report import Coverage, LoadReport
+from statedict.ops.optimizers.saved import CLASS_KEY, read_saved
 from statedict.torch.optimizers.families import family_behind, state_dtype
 from statedict.torch.optimizers.matching import Slot, is_same, parameter_names
 from statedict.torch.optimizers.plans import Plan, Wishes, class_name, make_plan
-from statedict.torch.optimizers.saved import CLASS_KEY, read_saved
 
 __all__ = ["load_optimizer", "named_state_dict"]
 

@@ -9,9 +9,9 @@ import torch
 
 from statedict.errors import KeyMismatch, one_line
 from statedict.manifest import Finding
+from statedict.ops.optimizers.saved import SavedOptimizer, SavedParameter
 from statedict.report.units import plural
 from statedict.torch.optimizers.families import Problem
-from statedict.torch.optimizers.saved import SavedOptimizer, SavedParameter
 
 __all__ = ["Match", "Names", "Slot", "is_same", "match", "merge_groups", "parameter_names", "slots_of"]
 

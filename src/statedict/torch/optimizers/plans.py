@@ -9,18 +9,11 @@ import torch
 
 from statedict.errors import KeyMismatch, SpecMismatch, one_line
 from statedict.manifest import Finding
+from statedict.ops.optimizers.families import FAMILIES, GENERIC, likely
+from statedict.ops.optimizers.saved import SavedOptimizer
 from statedict.report.units import plural
-from statedict.torch.optimizers.families import (
-    FAMILIES,
-    GENERIC,
-    Problem,
-    describe,
-    family_of,
-    likely,
-    state_problems,
-)
+from statedict.torch.optimizers.families import Problem, describe, family_of, state_problems
 from statedict.torch.optimizers.matching import Match, Slot, match, merge_groups, slots_of
-from statedict.torch.optimizers.saved import SavedOptimizer
 
 __all__ = ["Plan", "Wishes", "class_name", "make_plan"]
 
