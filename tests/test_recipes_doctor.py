@@ -266,8 +266,10 @@ def test_r22_transposed_layers_and_the_square_one_among_them(prefix: str) -> Non
     found = statedict.diagnose(state, GPT(conv1d=False))
     asked = {mapped.target for mapped in found.plan if mapped.question}
 
-    assert 9 == ops_of(found)["transpose"]
-    assert {f"transformer.h.{at}.attn.c_proj.weight" for at in range(3)} == asked
+    square = {f"transformer.h.{at}.attn.c_proj.weight" for at in range(3)}
+
+    # Shipped rules know the names of the first, and say that the square ones are transposed as well.
+    assert ((9, square) if prefix else (12, set())) == (ops_of(found)["transpose"], asked)
     decided = statedict.diagnose(state, GPT(conv1d=False), probe=Probe(IDS, reference=right))
     module = GPT(conv1d=False).eval()
     statedict.load_into(module, state, rules=decided.rules)

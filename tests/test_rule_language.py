@@ -271,6 +271,10 @@ EVERY = [
     rules.fold_scale("{m}.weight", "{m}.SCB", 1 / 127),
     rules.fold_scale("{m}.weight", "{m}.scale", 1.0, (128, 128), "bfloat16"),
     rules.fold_batch_norm("c{n}", "b{n}", 1e-3),
+    rules.fold_pruning(),
+    rules.fold_spectral_norm("d.*", 1),
+    rules.fold_scale("{m...}.weight", "{m...}.SCB", 1 / 127),
+    rules.fold_scale("{m...}.weight", "{m...}.weight_scale_inv", block=(128, 128), dtype="bfloat16"),
     rules.merge_lora(scaling=0.5),
     rules.merge_lora("enc.*", alpha=16),
     rules.optional(rules.drop("*")),
@@ -286,6 +290,7 @@ def test_every_rule_is_among_those_tested_here() -> None:
         "RulesLike",
         "apply",
         "plan",
+        "shipped",
         "from_file",
         "to_file",
     }

@@ -46,7 +46,9 @@ def configure(parser: ArgumentParser) -> None:
     )
     group.add_argument("--close", action="store_true", help="the tolerances of torch.testing.assert_close by dtype")
     group.add_argument("--nan-differs", action="store_true", help="NaN differs from NaN")
-    parser.add_argument("--rules", metavar="FILE", help="rules (TOML or JSON) to apply to A first")
+    parser.add_argument(
+        "--rules", metavar="FILE", help="rules (TOML or JSON, or shipped ones by name) to apply to A first"
+    )
     about = "leave out the keys that match as a whole; may be given again"
     parser.add_argument("--ignore", metavar="GLOB", action="append", default=[], help=about)
     parser.add_argument("--no-renames", action="store_true", help="don't search for renamed tensors: reads less")
@@ -94,9 +96,9 @@ def run(options: Namespace, console: Console) -> int:
 
     rules: RulesLike = ()
     if options.rules is not None:
-        from statedict.rules import Rules
+        from statedict.rules.named import typed
 
-        rules = Rules.from_file(options.rules)
+        rules = typed(options.rules)
     if options.export_rules is not None:
         _check_export(options)
     with console.progress("comparing") as progress:

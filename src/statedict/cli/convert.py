@@ -74,7 +74,7 @@ def _add_rules(parser: ArgumentParser) -> None:
         ("drop", "GLOB", "leave out the keys that match as a whole"),
         ("keep", "GLOB", "leave out all other keys"),
         ("transpose", "GLOB", "exchange the last two dimensions of these tensors"),
-        ("rules", "FILE", "the rules of a .toml or .json file"),
+        ("rules", "FILE", "the rules of a .toml or .json file, or shipped ones by their name"),
     ):
         group.add_argument(f"--{name}", metavar=metavar, action=_Rule, help=about)
 
@@ -93,11 +93,12 @@ def _rules_of(options: Sequence[tuple[str, str]]) -> Rules:
     """The rules that the options are. Raises ``RuleError``."""
     from statedict import rules
     from statedict.errors import RuleError
+    from statedict.rules.named import typed
 
     made: list[rules.Rule] = []
     for word, text in options:
         if word == "rules":
-            made += rules.Rules.from_file(text)
+            made += typed(text)
         elif word == "rename":
             pattern, replacement = _parted(text)
             if replacement is None:

@@ -108,12 +108,13 @@ def _outline(given: Checkpoint, wanted: Checkpoint, module: object, probe: objec
     from statedict.ops.diagnosing.outline import Outline
     from statedict.ops.diagnosing.settling import settled
     from statedict.ops.diagnosing.weights import weights_of
+    from statedict.ops.hypotheses import answered
 
     source, target = weights_of(given), weights_of(wanted, wanted=True)
     if module is not None:
         target = target._replace(side=bridge.side_of_module(module))
     evidence = evidence_of(source, target)
-    plan = settled(source.side, target.side, evidence)
+    plan = answered(settled(source.side, target.side, evidence), source, target.side)
     tried: Sequence[Finding] = ()
     if probe is not None:
         probed = bridge.probed(module, source, plan.alignment, probe)

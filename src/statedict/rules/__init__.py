@@ -53,6 +53,7 @@ from statedict.rules.makers import (
     unstack,
     untie,
 )
+from statedict.rules.named import shipped
 from statedict.rules.plans import Coverage, Plan
 from statedict.rules.rule import Rule
 from statedict.rules.ruleset import Rules, RulesLike, apply, plan
@@ -87,6 +88,7 @@ __all__ = [
     "reorder",
     "reshape",
     "select",
+    "shipped",
     "slice",
     "split",
     "squeeze",

@@ -70,7 +70,11 @@ class Folding(Rule):
             made = draft.computed(fold.like, fold.make(draft))
         except RuleError as error:
             raise RuleError(
-                f"{one_line(self)}: {error.what}", key=error.key or fold.key, expected=error.expected, found=error.found
+                f"{one_line(self)}: {error.what}",
+                key=error.key or fold.key,
+                expected=error.expected,
+                found=error.found,
+                hint=error.hint,
             ) from error
         # Strides and pairings of the parts say nothing of what is made of them.
         return made._replace(attributes={}, kind="Tensor" if fold.like.kind == "Buffer" else fold.like.kind)

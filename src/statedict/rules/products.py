@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from statedict.dtypes import DType
+from statedict.dtypes import BY_TORCH, DType
 from statedict.errors import RuleError, one_line
 from statedict.keys import matches
 from statedict.manifest import TensorEntry
@@ -117,8 +117,8 @@ class FoldScale(Folding):
         super().__init__(*arguments, is_optional=is_optional)
         self._weight, self._scale = Pattern(arguments[0]), Pattern(arguments[1])
         self._weight.check_names(self._scale.names)
-        if arguments[4] is not None:
-            float_named(arguments[4])
+        if arguments[4] is not None and float_named(arguments[4]).kind != "float":
+            raise RuleError("fold_scale makes floats", found=one_line(repr(arguments[4])))
 
     def folds(self, tensors: Mapping[str, TensorEntry]) -> list[Fold]:
         """Each scale that is meant, with its weight."""
@@ -157,4 +157,4 @@ class FoldScale(Folding):
 
 def _dtype_beside(scale: TensorEntry) -> DType:
     """The dtype of weights that have such scales."""
-    return scale.dtype if scale.dtype.bits >= _REAL_BITS else float_named("float32")
+    return scale.dtype if scale.dtype.bits >= _REAL_BITS else BY_TORCH["float32"]
