@@ -67,7 +67,7 @@ def test_vectors_of_another_size_are_no_spectral_norm() -> None:
 def test_pruned_weights_are_what_their_layer_uses(glob: str) -> None:
     net = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     prune.l1_unstructured(net[0], "weight", 0.4)
-    prune.random_structured(net[0], "bias", 0.4, dim=0)
+    prune.random_unstructured(net[0], "bias", 0.4)
     if glob == "*":
         prune.ln_structured(net[1], "weight", 0.5, n=2, dim=0)
     found = made(net.state_dict(), rules.fold_pruning(glob))
