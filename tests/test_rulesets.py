@@ -101,6 +101,20 @@ def test_a_parameter_is_read_off_a_tensor_that_tells_it() -> None:
     assert {} == rule_sets()["timm-vit-to-hf-vit"].values({})
 
 
+def test_convert_takes_a_name_for_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from statedict.cli import main
+
+    source = str(written(drawn(LLAMA, 1), tmp_path / "meta.safetensors"))
+    target = tmp_path / "hf.safetensors"
+
+    assert 2 == main(["convert", source, str(target), "--rules", "meta-llama-to-hf-llama"])
+    assert "need head_dim" in capsys.readouterr().err
+    assert 0 == main(["convert", source, str(target), "--rules", "meta-llama-to-hf-llama:head_dim=8"])
+    wanted, made = remapped(Path(source), of("meta-llama-to-hf-llama")), remapped(target, Rules())
+    assert set(wanted) == set(made)
+    assert [] == [key for key in wanted if (wanted[key] != made[key]).any()]
+
+
 # ---- pairs with a truth
 
 

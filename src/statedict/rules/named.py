@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from statedict.errors import RuleError, one_line
 from statedict.keys import near
-from statedict.knowledge.rulesets import RuleSet, rule_sets
 from statedict.rules.patterns import Pattern
 from statedict.rules.rule import Rule
 from statedict.rules.ruleset import Rules
-from statedict.rules.tables import _of_table
+from statedict.rules.tables import rule_of_table
+
+if TYPE_CHECKING:
+    from statedict.knowledge.rulesets import RuleSet
 
 __all__ = ["made_of", "shipped", "typed"]
 
@@ -23,6 +25,8 @@ def shipped(name: str, **values: int) -> Rules:
     The values are the numbers that a rule set needs and no key says. Raises ``RuleError`` for an unknown name, with the nearest ones, and
     for a number that is missing or can't be.
     """
+    from statedict.knowledge.rulesets import rule_sets
+
     found = rule_sets().get(name)
     if found is None:
         names = near(name, rule_sets()) or list(rule_sets())
@@ -35,6 +39,8 @@ def typed(text: str) -> Rules:
 
     A file of that name goes before. Raises ``FileError`` and ``RuleError``.
     """
+    from statedict.knowledge.rulesets import rule_sets
+
     name, _, rest = text.partition(":")
     is_path = os.sep in text or text.endswith((".toml", ".json"))
     if os.path.lexists(text) or (is_path and name not in rule_sets()):
@@ -63,7 +69,7 @@ def made_of(found: RuleSet, values: Mapping[str, int]) -> Rules:
             expected = f"a multiple of {each.multiple_of}"
             raise RuleError(f"{word} can't be this", expected=expected, found=one_line(repr(value)))
     texts = {word: str(value) for word, value in values.items()}
-    rules = [_of_table(_filled(table, texts)) for table in found.tables]
+    rules = [rule_of_table(_filled(table, texts)) for table in found.tables]
     return Rules([_undone(rule, found.name) for rule in reversed(rules)] if found.is_reversed else rules)
 
 

@@ -11,7 +11,7 @@ from statedict.rules import makers
 from statedict.rules.files import read_tables
 from statedict.rules.rule import Rule
 
-__all__ = ["rules_of"]
+__all__ = ["rule_of_table", "rules_of"]
 
 
 def rules_of(path: str | os.PathLike[str]) -> list[Rule]:
@@ -21,7 +21,7 @@ def rules_of(path: str | os.PathLike[str]) -> list[Rule]:
 
 def _numbered(number: int, table: Mapping[str, Any], path: str) -> Rule:
     try:
-        return _of_table(table)
+        return rule_of_table(table)
     except StateDictError as error:
         error.what = f"rule {number}: {error.what}"
         raise error.located(path) from error.__cause__
@@ -67,8 +67,8 @@ _MAKERS: Mapping[str, Callable[..., Rule]] = {
 }
 
 
-def _of_table(table: Mapping[str, Any]) -> Rule:
-    """The rule of one table of a file."""
+def rule_of_table(table: Mapping[str, Any]) -> Rule:
+    """The rule of one table of a file. Raises ``RuleError``."""
     arguments = dict(table)
     name, is_optional = arguments.pop("rule", None), arguments.pop("optional", False)
     maker = _MAKERS.get(name) if isinstance(name, str) else None
