@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from statedict.aligning.alignment import CORROBORATED, PROVEN, Mapped, Side
 from statedict.aligning.families import Family
@@ -81,29 +81,19 @@ class Board:
                 for j in range(1, len(new) + 1):
                     if abs((len(old) - i) - (len(new) - j)) < 3:
                         pairs[old[:i], new[:j]] += count
-        return Links(pairs, whole)
+        return Links(pairs)
 
 
 class Links:
     """How often a part of the source's names goes with a part of the target's."""
 
-    def __init__(self, pairs: Mapping[tuple[Path, Path], int], whole: Iterable[tuple[Path, Path]]) -> None:
+    def __init__(self, pairs: Mapping[tuple[Path, Path], int]) -> None:
         self.pairs = pairs
-        self.kept: Counter[tuple[Path, Path]] = Counter()
-        self.changed: Counter[tuple[Path, Path]] = Counter()
-        for old, new in whole:
-            if old and new:
-                (self.kept if old[-1] == new[-1] else self.changed)[old[:-1], new[:-1]] += 1
         self.of_source: Counter[Path] = Counter()
         self.of_target: Counter[Path] = Counter()
         for (old, new), count in pairs.items():
             self.of_source[old] += count
             self.of_target[new] += count
-
-    def keeps(self, old: Path, new: Path) -> bool:
-        """Whether all that is claimed beside the two, of two modules or more, has the same name on both sides."""
-        beside = old[:-1], new[:-1]
-        return self.kept[beside] > 1 and not self.changed[beside]
 
     def parts(self, old: Path, new: Path) -> bool:
         """Whether the tensors of one of two modules go to others: a module stays together."""

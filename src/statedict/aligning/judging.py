@@ -34,7 +34,7 @@ class Election(NamedTuple):
     def verdict(self, at: int, to: int) -> Verdict:
         """The weakest case for one of the pairs against any other way."""
         mine = self.votes[at][to]
-        if mine is None or mine.role < 0 or self._breaks_names(at, to):
+        if mine is None or mine.role < 0:
             return Verdict(0, True, ())
         rivals = [self._against_target(mine, at, to, other) for other in range(len(self.new)) if other != to]
         rivals += [self._against_source(mine, at, to, other) for other in range(len(self.old)) if other != at]
@@ -42,13 +42,6 @@ class Election(NamedTuple):
         if not found:
             return _alone(self.context, self.old[at], self.new[to], mine)
         return min(found, key=lambda verdict: (not verdict.against, verdict.strength))
-
-    def _breaks_names(self, at: int, to: int) -> bool:
-        """Whether it would change its name where all beside it keep theirs, and the shapes that are left there differ."""
-        old, new = self.old[at], self.new[to]
-        if old.unit.path[-1] == new.unit.path[-1] or self.context.is_balanced(old, new):
-            return False
-        return self.context.links.keeps(old.unit.path, new.unit.path)
 
     def _against_target(self, mine: Ballot, at: int, to: int, other: int) -> Verdict | None:
         """Against the source's going to another target, whose own source then comes here, if it can."""
@@ -117,12 +110,12 @@ def _alone(context: Context, old: Candidate, new: Candidate, vote: Ballot) -> Ve
     reasons = ["nothing else has these shapes there"]
     joined = context.pairing.joins(old.chain, new.chain)
     named = vote.words >= (0.3 if joined else 0.5) or vote.role > 0 or (vote.spelling >= 0.3 and joined)
-    if context.is_balanced(old, new):
+    if (joined and old.chain[-1] in context.balanced) or (not old.chain and not new.chain and () in context.balanced):
         reasons.append("all that is left there agrees in shape")
     elif joined and named:
         reasons.append("it stands in the same blocks")
     if named:
         reasons.append("the names say the same")
-    if vote.link > 0 and len(reasons) > 1:
+    if vote.link > 0:
         reasons.append("its neighbours go there as well")
     return Verdict(len(reasons), vote.role < 0 or vote.link < 0, tuple(reasons))

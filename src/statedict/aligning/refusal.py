@@ -140,9 +140,9 @@ def _is_same_part(one: Family, two: Family) -> bool:
     if one.leaf != two.leaf or len(one.shapes) != len(two.shapes) or len(one.shapes[0]) != len(two.shapes[0]):
         return False
     first, second = meaning(one.path), meaning(two.path)
-    if one.shapes[0] == two.shapes[0] or opposed(first.words, second.words):
+    if first.role and second.role and first.role != second.role:
         return False
-    return bool(first.role and first.role == second.role) or bool(first.tail and first.tail == second.tail)
+    return bool({*first.words} & {*second.words}) and not opposed(first.words, second.words)
 
 
 def _depth(board: Board, sources: Forest, targets: Forest) -> str:

@@ -48,12 +48,6 @@ class Context(NamedTuple):
     is_straight: bool
     is_turned: bool
 
-    def is_balanced(self, old: Candidate, new: Candidate) -> bool:
-        """Whether all that is left in their blocks agrees in shape."""
-        if not old.chain and not new.chain:
-            return () in self.balanced
-        return self.pairing.joins(old.chain, new.chain) and old.chain[-1] in self.balanced
-
 
 class Ballot(NamedTuple):
     """What each signal says of one pair, from -1 to 1."""
